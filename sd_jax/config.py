@@ -1,16 +1,13 @@
 """What a Stable Diffusion v1 model is, as frozen (hashable) dataclasses, and the way from and to diffusers' JSON files.
 
-``SD_V1_4`` is the released model (CompVis/stable-diffusion configs/stable-diffusion/v1-inference.yaml). ``NANO`` is the same
-architecture at toy width, for tests. A JSON file may ask for things v1 never had (linear projections, class embeddings, ...):
-those are refused by name, never ignored.
+``SD_V1_4`` is the released model (CompVis/stable-diffusion configs/stable-diffusion/v1-inference.yaml). ``NANO`` is
+the same architecture at toy width, for tests. A JSON file may ask for things v1 never had (linear projections, class
+embeddings, ...): those are refused by name, never ignored.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
-
-from sd_jax.types import RequestError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +32,12 @@ class UNetConfig:
     out_channels: int = 4
     widths: tuple[int, ...] = (320, 640, 1280, 1280)
     layers: int = 2  # residual blocks a level on the way down; one more on the way up
-    attention: tuple[bool, ...] = (True, True, True, False)  # transformer blocks at each level; the middle always has one
+    attention: tuple[bool, ...] = (
+        True,
+        True,
+        True,
+        False,
+    )  # transformer blocks at each level; the middle always has one
     heads: tuple[int, ...] = (8, 8, 8, 8)  # number of heads at each level
     context_width: int = 768
     groups: int = 32
@@ -100,9 +102,9 @@ NANO = SDConfig(
 )
 
 
-# ---- diffusers and transformers JSON ---------------------------------------------------------------------------------------
+# ---- diffusers and transformers JSON -------------------------------------------------------------------------------
 
-# Scheduler class of diffusers -> (sampler, spacing when the file names none). DPMSolverMultistep stands for either of its forms.
+# Scheduler class of diffusers <-> our sampler.
 _SCHEDULERS = {
     "PNDMScheduler": "plms",
     "DDIMScheduler": "ddim",
@@ -116,3 +118,252 @@ _SCHEDULERS = {
     "DPMSolverMultistepScheduler": "dpmpp_2m",
     "UniPCMultistepScheduler": "unipc",
 }
+
+# Keys of a component's JSON that v1 fixes: a file that says otherwise describes another model. None is always allowed.
+_UNET_FIXED = {
+    "center_input_sample": (False,),
+    "flip_sin_to_cos": (True,),
+    "freq_shift": (0,),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "only_cross_attention": (False,),
+    "downsample_padding": (1,),
+    "mid_block_scale_factor": (1,),
+    "act_fn": ("silu",),
+    "transformer_layers_per_block": (1,),
+    "dual_cross_attention": (False,),
+    "use_linear_projection": (False,),
+    "class_embed_type": (),
+    "num_class_embeds": (),
+    "addition_embed_type": (),
+    "encoder_hid_dim": (),
+    "resnet_time_scale_shift": ("default",),
+    "time_embedding_type": ("positional",),
+    "time_cond_proj_dim": (),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "attention_type": ("default",),
+    "cross_attention_norm": (),
+}
+_VAE_FIXED = {
+    "act_fn": ("silu",),
+    "shift_factor": (),
+    "latents_mean": (),
+    "latents_std": (),
+    "use_quant_conv": (True,),
+    "use_post_quant_conv": (True,),
+    "mid_block_add_attention": (True,),
+}
+_NOISE_FIXED = {
+    "trained_betas": (),
+    "clip_sample": (False,),
+    "thresholding": (False,),
+    "rescale_betas_zero_snr": (False,),
+}
+_DOWN_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
+
+
+def from_diffusers(
+    *,
+    text_encoder: dict[str, Any] | None = None,
+    unet: dict[str, Any] | None = None,
+    vae: dict[str, Any] | None = None,
+    scheduler: dict[str, Any] | None = None,
+) -> SDConfig:
+    """The parsed JSON files of a diffusers folder (the tower's is transformers') -> SDConfig; what is None is v1-4's.
+
+    Raises:
+      RequestError: names every setting that v1 does not have, at once.
+    """
+    return SDConfig(
+        clip=SD_V1_4.clip if text_encoder is None else _clip_from(text_encoder),
+        unet=SD_V1_4.unet if unet is None else _unet_from(unet),
+        vae=SD_V1_4.vae if vae is None else _vae_from(vae),
+        noise=SD_V1_4.noise if scheduler is None else _noise_from(scheduler),
+    )
+
+
+def _clip_from(j: dict[str, Any]) -> CLIPConfig:
+    j = j.get("text_config", j)
+    # What a file leaves out has transformers' default, which is ViT-B/32's for the sizes.
+    config = CLIPConfig(
+        vocab_size=j.get("vocab_size", 49408),
+        width=j.get("hidden_size", 512),
+        mlp_width=j.get("intermediate_size", 2048),
+        layers=j.get("num_hidden_layers", 12),
+        heads=j.get("num_attention_heads", 8),
+        positions=j.get("max_position_embeddings", 77),
+        activation=j.get("hidden_act", "quick_gelu"),
+        eps=j.get("layer_norm_eps", 1e-5),
+    )
+    if config.activation not in ("quick_gelu", "gelu"):
+        raise RequestError(
+            f"text_encoder: hidden_act is {config.activation!r}; CLIP text towers of Stable Diffusion use quick_gelu "
+            "or gelu, so this config.json is another model's"
+        )
+    return config
+
+
+def _unet_from(j: dict[str, Any]) -> UNetConfig:
+    _refuse("unet", j, _UNET_FIXED)
+    widths = tuple(j.get("block_out_channels", (320, 640, 1280, 1280)))
+    down = tuple(j.get("down_block_types", ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)))
+    up = tuple(j.get("up_block_types", ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3))
+    mirrored = tuple(name.replace("Down", "Up") for name in reversed(down))
+    if not set(down) <= set(_DOWN_BLOCKS) or up != mirrored or len(down) != len(widths):
+        raise RequestError(
+            f"unet: down_block_types {list(down)} and up_block_types {list(up)} are not a Stable Diffusion v1 UNet; "
+            f"expected one of {sorted(_DOWN_BLOCKS)} for each of the {len(widths)} widths, and the same mirrored going up"
+        )
+    # The name is diffusers' historical mistake: for v1 the number is that of heads, not their width.
+    heads = j.get("num_attention_heads") or j.get("attention_head_dim", 8)
+    return UNetConfig(
+        in_channels=j.get("in_channels", 4),
+        out_channels=j.get("out_channels", 4),
+        widths=widths,
+        layers=j.get("layers_per_block", 2),
+        attention=tuple(_DOWN_BLOCKS[name] for name in down),
+        heads=tuple(heads) if isinstance(heads, list | tuple) else (heads,) * len(widths),
+        context_width=j.get("cross_attention_dim", 1280),
+        groups=j.get("norm_num_groups", 32),
+        eps=j.get("norm_eps", 1e-5),
+        sample_size=j.get("sample_size") or 64,
+    )
+
+
+def _vae_from(j: dict[str, Any]) -> VAEConfig:
+    _refuse("vae", j, _VAE_FIXED)
+    return VAEConfig(
+        image_channels=j.get("in_channels", 3),
+        latent_channels=j.get("latent_channels", 4),
+        widths=tuple(j.get("block_out_channels", (64,))),
+        layers=j.get("layers_per_block", 1),
+        groups=j.get("norm_num_groups", 32),
+        scale=j.get("scaling_factor", 0.18215),
+    )
+
+
+def _noise_from(j: dict[str, Any]) -> NoiseConfig:
+    _refuse("scheduler", j, _NOISE_FIXED)
+    name = j.get("_class_name", "PNDMScheduler")
+    if name not in _SCHEDULERS:
+        raise RequestError(f"scheduler: {name} is not known; expected one of {', '.join(sorted(_SCHEDULERS))}")
+    sampler = _SCHEDULERS[name]
+    if sampler == "dpmpp_2m" and j.get("algorithm_type") == "sde-dpmsolver++":
+        sampler = "dpmpp_2m_sde"
+    prediction, schedule = j.get("prediction_type", "epsilon"), j.get("beta_schedule", "linear")
+    if prediction not in ("epsilon", "v_prediction"):
+        raise RequestError(f"scheduler: prediction_type {prediction!r} is not known; use epsilon or v_prediction")
+    if schedule not in ("scaled_linear", "linear"):
+        raise RequestError(f"scheduler: beta_schedule {schedule!r} is not known; use scaled_linear or linear")
+    spacing = j.get("timestep_spacing")
+    for flag, grid in (("use_karras_sigmas", "karras"), ("use_exponential_sigmas", "exponential")):
+        spacing = grid if j.get(flag) else spacing
+    return NoiseConfig(
+        train_steps=j.get("num_train_timesteps", 1000),
+        beta_start=j.get("beta_start", 0.0001),
+        beta_end=j.get("beta_end", 0.02),
+        beta_schedule=schedule,
+        prediction=prediction,
+        sampler=sampler,
+        spacing=spacing,
+        steps_offset=j.get("steps_offset", 0),
+        final_alpha_one=j.get("set_alpha_to_one", sampler != "plms"),
+    )
+
+
+def _refuse(part: str, j: dict[str, Any], fixed: dict[str, tuple[Any, ...]]) -> None:
+    wrong = [f"{k} = {j[k]!r}" for k, ok in fixed.items() if j.get(k) is not None and j[k] not in ok]
+    if wrong:
+        raise RequestError(
+            f"{part}: {', '.join(wrong)} is not Stable Diffusion v1's architecture, the one that sd_jax runs; "
+            "use a v1 checkpoint"
+        )
+
+
+def to_diffusers(config: SDConfig) -> dict[str, dict[str, Any]]:
+    """The JSON contents of a diffusers folder, by component: the inverse of ``from_diffusers``."""
+    clip, unet, vae, noise = config.clip, config.unet, config.vae, config.noise
+    text_encoder = {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "vocab_size": clip.vocab_size,
+        "hidden_size": clip.width,
+        "intermediate_size": clip.mlp_width,
+        "projection_dim": clip.width,
+        "num_hidden_layers": clip.layers,
+        "num_attention_heads": clip.heads,
+        "max_position_embeddings": clip.positions,
+        "hidden_act": clip.activation,
+        "layer_norm_eps": clip.eps,
+        "bos_token_id": clip.vocab_size - 2,
+        "eos_token_id": clip.vocab_size - 1,
+        "pad_token_id": clip.vocab_size - 1,
+    }
+    down = ["CrossAttnDownBlock2D" if attention else "DownBlock2D" for attention in unet.attention]
+    heads = set(unet.heads)
+    return {
+        "text_encoder": text_encoder,
+        "unet": {
+            "_class_name": "UNet2DConditionModel",
+            "_diffusers_version": "0.42.1",
+            "in_channels": unet.in_channels,
+            "out_channels": unet.out_channels,
+            "block_out_channels": list(unet.widths),
+            "layers_per_block": unet.layers,
+            "down_block_types": down,
+            "up_block_types": [name.replace("Down", "Up") for name in reversed(down)],
+            "mid_block_type": "UNetMidBlock2DCrossAttn",
+            "attention_head_dim": heads.pop() if len(heads) == 1 else list(unet.heads),
+            "cross_attention_dim": unet.context_width,
+            "norm_num_groups": unet.groups,
+            "norm_eps": unet.eps,
+            "sample_size": unet.sample_size,
+            "act_fn": "silu",
+            "flip_sin_to_cos": True,
+            "freq_shift": 0,
+            "downsample_padding": 1,
+            "center_input_sample": False,
+            "mid_block_scale_factor": 1,
+        },
+        "vae": {
+            "_class_name": "AutoencoderKL",
+            "_diffusers_version": "0.42.1",
+            "in_channels": vae.image_channels,
+            "out_channels": vae.image_channels,
+            "latent_channels": vae.latent_channels,
+            "block_out_channels": list(vae.widths),
+            "layers_per_block": vae.layers,
+            "down_block_types": ["DownEncoderBlock2D"] * len(vae.widths),
+            "up_block_types": ["UpDecoderBlock2D"] * len(vae.widths),
+            "norm_num_groups": vae.groups,
+            "sample_size": unet.sample_size * vae.factor,
+            "scaling_factor": vae.scale,
+            "act_fn": "silu",
+        },
+        "scheduler": _scheduler_json(noise),
+    }
+
+
+def _scheduler_json(noise: NoiseConfig) -> dict[str, Any]:
+    name = "dpmpp_2m" if noise.sampler == "dpmpp_2m_sde" else noise.sampler
+    j = {
+        "_class_name": next(k for k, v in _SCHEDULERS.items() if v == name),
+        "_diffusers_version": "0.42.1",
+        "num_train_timesteps": noise.train_steps,
+        "beta_start": noise.beta_start,
+        "beta_end": noise.beta_end,
+        "beta_schedule": noise.beta_schedule,
+        "prediction_type": noise.prediction,
+        "steps_offset": noise.steps_offset,
+        "set_alpha_to_one": noise.final_alpha_one,
+        "clip_sample": False,
+    }
+    if name == "plms":
+        j["skip_prk_steps"] = True
+    if noise.sampler == "dpmpp_2m_sde":
+        j["algorithm_type"] = "sde-dpmsolver++"
+    if noise.spacing in ("karras", "exponential"):
+        j[f"use_{noise.spacing}_sigmas"] = True
+    elif noise.spacing is not None:
+        j["timestep_spacing"] = noise.spacing
+    return j

@@ -1,7 +1,8 @@
 """The contracts that the parts of sd_jax meet at.
 
-One noise notation everywhere: ``x = alpha * x0 + sigma * eps`` with ``alpha**2 + sigma**2 = 1``. Other libraries' notation
-(k-diffusion's ``sigma / alpha``, CompVis' ``alphas_cumprod``) is converted where it enters, and nowhere else.
+One noise notation everywhere: ``x = alpha * x0 + sigma * eps`` with ``alpha**2 + sigma**2 = 1``. Other libraries'
+notation (k-diffusion's ``sigma / alpha``, CompVis' ``alphas_cumprod``) is converted where it enters, and nowhere
+else.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ class WeightsError(RequestError):
 class Step:
     """One row of the time grid: where the sampler stands and where it goes.
 
-    Every field is a float32 scalar except ``i`` (int32); stacked along a leading axis they are the ``xs`` of the denoising
-    scan, so no sampler ever indexes a table.
+    Every field is a float32 scalar except ``i`` (int32); stacked along a leading axis they are the ``xs`` of the
+    denoising scan, so no sampler ever indexes a table.
     """
 
     i: Array  # index in the whole grid, counted from 0 (image_to_image starts at a later one)
@@ -48,7 +49,7 @@ class Step:
 class Site:
     """Where in the UNet an attention layer stands. Static: ``AttnEdit.where`` is evaluated on it at trace time."""
 
-    name: str  # path in the parameter tree, e.g. "down_0/attn_1/cross_attn"
+    name: str  # path in the parameter tree, e.g. "down_0_attn_1/cross_attn"
     cross: bool  # True: image queries, text keys. False: self-attention
     place: str  # "down", "mid" or "up"
     level: int  # 0 is the finest latent grid
@@ -58,7 +59,8 @@ class Site:
 
 
 class Denoise(Protocol):
-    """The model as a sampler sees it: ``x`` [B, h, w, C] float32 and a Step -> the predicted noise, float32, same shape.
+    """The model as a sampler sees it: ``x`` [B, h, w, C] float32 and a Step -> the predicted noise, float32, same
+    shape.
 
     ``aux`` is whatever the model was asked to report (attention maps, say); XLA drops what nobody reads.
     """
@@ -72,7 +74,9 @@ class Sampler(Protocol):
     def init(self, x: Array) -> Any: ...
 
     def step(self, denoise: Denoise, x: Array, state: Any, s: Step, keys: Array) -> tuple[Array, Any, Any]:
-        """-> (x at ``s.alpha_next, s.sigma_next``, state, aux). ``keys`` [B]: one key per image, already this step's own."""
+        """-> (x at ``s.alpha_next, s.sigma_next``, state, aux). ``keys`` [B]: one key per image, already this step's
+        own.
+        """
         ...
 
 
@@ -87,8 +91,8 @@ class LatentEdit(Protocol):
 class AttnEdit(Protocol):
     """A change made to attention probabilities inside the UNet.
 
-    A site for which ``where`` is False keeps its fused kernel. ``probs`` is float32 [B, P, heads, queries, keys], where P is 2
-    under guidance (0 the unconditional, 1 the conditional pass) and 1 without.
+    A site for which ``where`` is False keeps its fused kernel. ``probs`` is float32 [B, P, heads, queries, keys],
+    where P is 2 under guidance (0 the unconditional, 1 the conditional pass) and 1 without.
     """
 
     def where(self, site: Site) -> bool: ...
