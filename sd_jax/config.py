@@ -8,6 +8,9 @@ embeddings, ...): those are refused by name, never ignored.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
+
+from sd_jax.types import RequestError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +215,7 @@ def _unet_from(j: dict[str, Any]) -> UNetConfig:
     if not set(down) <= set(_DOWN_BLOCKS) or up != mirrored or len(down) != len(widths):
         raise RequestError(
             f"unet: down_block_types {list(down)} and up_block_types {list(up)} are not a Stable Diffusion v1 UNet; "
-            f"expected one of {sorted(_DOWN_BLOCKS)} for each of the {len(widths)} widths, and the same mirrored going up"
+            f"expected one of {sorted(_DOWN_BLOCKS)} for each of the {len(widths)} widths, and their mirror going up"
         )
     # The name is diffusers' historical mistake: for v1 the number is that of heads, not their width.
     heads = j.get("num_attention_heads") or j.get("attention_head_dim", 8)
