@@ -1,12 +1,12 @@
 """Captioned pictures of coloured solids: what the embedded model is trained on.
 
 A scene is one solid, or two of different colours in one of five relations; ``caption`` puts it into words and ``render``
-into pixels, by casting rays at analytic solids that stand on a bright neutral ground under one soft light. Everything is
+into pixels, by casting rays at solids that stand on a bright, nearly neutral ground under one soft light. All of it is
 NumPy and a function of a seed: example i of ``dataset`` depends on ``(seed, i)`` alone, so that examples can be made in
 parallel and a run can be resumed anywhere.
 
-One in ten arrangements of two solids is held out of training, mirror images with it ("a left of b" is "b right of a"), and
-so is every "a red cube on top of a blue sphere".
+A tenth of the arrangements of two solids is held out of training, each with its mirror image ("a left of b" is "b right
+of a"), and so is every "a red cube on top of a blue sphere".
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from sd_jax.train.bodies import Body, normal_and_edge, span, unit
 from sd_jax.types import RequestError
 
 COLOURS = {
@@ -44,6 +45,7 @@ RELATIONS = {
 OPENINGS = ("", "a picture of ", "a photo of ", "an image of ", "there is ")
 MIRROR = {"to the right of": "to the left of", "behind": "in front of"}  # the same scene told from the other solid
 
+NEVER_SEEN = "a red cube on top of a blue sphere"
 SPLITS = ("train", "heldout", "any")
 SINGLE = 0.35  # share of scenes with one solid
 CANONICAL = 0.4  # share of captions in canonical wording
@@ -64,7 +66,7 @@ class Scene:
     relation: str = ""
 
 
-# ---- examples --------------------------------------------------------------------------------------------------------------
+# ---- examples ------------------------------------------------------------------------------------------------------
 
 
 def dataset(n: int, seed: int, split: str = "train", size: int = 64, start: int = 0) -> tuple[np.ndarray, list[str]]:
@@ -104,7 +106,7 @@ def held_out(scene: Scene) -> bool:
     if len(scene.solids) == 1:
         return False
     words = caption(canonical(scene))
-    return words == "a red cube on top of a blue sphere" or hashlib.sha256(words.encode()).digest()[0] % 10 == 0
+    return words == NEVER_SEEN or hashlib.sha256(words.encode()).digest()[0] % 10 == 0
 
 
 def canonical(scene: Scene) -> Scene:
@@ -118,9 +120,24 @@ def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
     """The scene in words, lowercase; without ``rng`` in canonical wording: "a red cube on top of a blue sphere"."""
     if rng is None or rng.random() < CANONICAL:
         return _phrase(scene, scene.relation, "")
-    return _phrase(
-        scene, str(rng.choice((scene.relation, *RELATIONS.get(scene.relation, ())))), str(rng.choice(OPENINGS))
-    )
+    wordings = (scene.relation, *RELATIONS.get(scene.relation, ()))
+    return _phrase(scene, str(rng.choice(wordings)), str(rng.choice(OPENINGS)))
+
+
+def benchmark_captions(n: int, seed: int = 0) -> dict[str, list[str]]:
+    """Canonical captions to test a model on, n in each of four groups; the last is one caption n times."""
+
+    def draw(group: int, split: str, solids: int) -> list[str]:
+        rng = np.random.default_rng((seed, group))
+        scenes = (sample_scene(rng, split) for _ in itertools.count())
+        return [caption(s) for s in itertools.islice((s for s in scenes if len(s.solids) == solids), n)]
+
+    return {
+        "one object": draw(0, "train", 1),
+        "two objects, seen in training": draw(1, "train", 2),
+        "two objects, never seen": draw(2, "heldout", 2),
+        f'"{NEVER_SEEN}"': [NEVER_SEEN] * n,
+    }
 
 
 def all_captions() -> Iterator[str]:
@@ -144,41 +161,13 @@ def _noun(solid: Solid) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-# ---- arrangement: x to the right, y up, z towards the camera; the ground is y = 0 -------------------------------------------
+# ---- arrangement: x to the right, y up, z towards the camera; the ground is y = 0 ----------------------------------
 
-# Radius (half the side, for a cube) and height of a solid of unit size.
-RADIUS = {"cube": 0.46, "sphere": 0.58, "cylinder": 0.45, "cone": 0.58}
-HEIGHT = {"cube": 0.92, "sphere": 1.16, "cylinder": 1.02, "cone": 1.22}
 SCALES = {"": (1.2, 2.1), "small": (1.1, 1.3), "large": (1.85, 2.15)}  # of a single solid
 PAIR = (1.2, 1.6)  # of each of two
 
 
-@dataclasses.dataclass(frozen=True)
-class _Placed:
-    """A solid in the world: the middle of its base, its scale, and its turn about the vertical."""
-
-    colour: np.ndarray
-    shape: str
-    base: np.ndarray
-    scale: float
-    yaw: float
-
-    @property
-    def radius(self) -> float:
-        """Of the vertical cylinder that just holds it."""
-        return RADIUS[self.shape] * self.scale * (2**0.5 if self.shape == "cube" else 1.0)
-
-    @property
-    def height(self) -> float:
-        return HEIGHT[self.shape] * self.scale
-
-    @property
-    def reach(self) -> float:
-        """Radius of the ball about half height that holds it."""
-        return self.height / 2 if self.shape == "sphere" else float(np.hypot(self.radius, self.height / 2))
-
-
-def _arrange(scene: Scene, rng: np.random.Generator) -> list[_Placed]:
+def _arrange(scene: Scene, rng: np.random.Generator) -> list[Body]:
     """Gives the solids scales, turns and places that make the relation plain to see."""
     if len(scene.solids) == 1:
         return [_place(scene.solids[0], rng, SCALES[scene.solids[0].size])]
@@ -200,13 +189,13 @@ def _arrange(scene: Scene, rng: np.random.Generator) -> list[_Placed]:
     return [dataclasses.replace(a, base=away - middle), dataclasses.replace(b, base=-middle)]
 
 
-def _place(solid: Solid, rng: np.random.Generator, scales: tuple[float, float]) -> _Placed:
+def _place(solid: Solid, rng: np.random.Generator, scales: tuple[float, float]) -> Body:
     """At the origin, turned so that a cube shows two of its sides."""
     yaw = np.deg2rad(rng.uniform(22, 68))
-    return _Placed(np.array(COLOURS[solid.colour], np.float32), solid.shape, np.zeros(3), rng.uniform(*scales), yaw)
+    return Body(np.array(COLOURS[solid.colour], np.float32), solid.shape, np.zeros(3), rng.uniform(*scales), yaw)
 
 
-# ---- rendering -------------------------------------------------------------------------------------------------------------
+# ---- rendering -----------------------------------------------------------------------------------------------------
 
 PITCH = np.deg2rad(30.0)  # the camera looks down by this much
 DISTANCE = 12.0  # from the camera to the origin
@@ -233,7 +222,7 @@ def render(scene: Scene, rng: np.random.Generator, size: int = 64) -> np.ndarray
     for solid in placed:
         top, bottom, left, right = box = _pixels(solid, window, fine)
         rays = _rays(window, fine, box)
-        near, far = _span(solid, EYE, rays)
+        near, far = span(solid, EYE, rays)
         seen = (near < far) & (near < depth[top:bottom, left:right])
         depth[top:bottom, left:right][seen] = near[seen]
         rays, near = rays[:, seen], near[seen]
@@ -244,11 +233,10 @@ def render(scene: Scene, rng: np.random.Generator, size: int = 64) -> np.ndarray
     return np.round(255 * pixels.clip(0, 1)).astype(np.uint8).transpose(1, 2, 0)
 
 
-def _window(placed: list[_Placed], rng: np.random.Generator) -> tuple[float, float, float]:
+def _window(placed: list[Body], rng: np.random.Generator) -> tuple[float, float, float]:
     """Where the picture lies on the camera's image plane, (left, top, width): anywhere that holds all solids."""
-    left, top, right, bottom = (
-        f(side) for f, side in zip((min, max, max, min), zip(*map(_extent, placed), strict=True), strict=True)
-    )
+    extents = np.array([_extent(solid) for solid in placed])
+    (left, bottom), (right, top) = extents[:, :2].min(0), extents[:, 2:].max(0)
     width = max(FIELD / DISTANCE, (right - left) / (1 - 2 * MARGIN), (top - bottom) / (1 - 2 * MARGIN))
     free = width * (1 - 2 * MARGIN)
     x = left - rng.uniform(0, free - (right - left)) - MARGIN * width
@@ -256,27 +244,26 @@ def _window(placed: list[_Placed], rng: np.random.Generator) -> tuple[float, flo
     return x, y, width
 
 
-def _extent(solid: _Placed) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom) of the solid on the image plane, at unit distance from the camera, y up."""
+def _extent(solid: Body) -> tuple[float, float, float, float]:
+    """(left, bottom, right, top) of the solid on the image plane, at unit distance from the camera, y up."""
+    top = np.array([0, solid.height, 0])
     if solid.shape == "sphere":
-        offsets = (solid.height / 2) * np.array([[0, 1, 0]]) + (solid.height / 2) * np.stack([RIGHT, -RIGHT, UP, -UP])
+        points = top / 2 + (solid.height / 2) * np.stack([RIGHT, -RIGHT, UP, -UP])
     else:
-        turn = np.linspace(0, 2 * np.pi, 4 if solid.shape == "cube" else 16, endpoint=False) + (
-            np.pi / 4 - solid.yaw if solid.shape == "cube" else 0.0
-        )
-        ring = solid.radius * np.stack([np.cos(turn), 0 * turn, np.sin(turn)], 1)
-        upper = ring if solid.shape != "cone" else 0 * ring[:1]
-        offsets = np.concatenate([ring, upper + np.array([0, solid.height, 0])])
-    view = solid.base + offsets - EYE
+        corners, first = (4, np.pi / 4 - solid.yaw) if solid.shape == "cube" else (16, 0.0)
+        turn = first + np.linspace(0, 2 * np.pi, corners, endpoint=False)
+        rim = solid.radius * np.stack([np.cos(turn), 0 * turn, np.sin(turn)], 1)
+        points = np.concatenate([rim, top + (0 * rim if solid.shape == "cone" else rim)])
+    view = solid.base + points - EYE
     distance = view @ (-EYE / DISTANCE)
     x, y = view @ RIGHT / distance, view @ UP / distance
-    return x.min(), y.max(), x.max(), y.min()
+    return x.min(), y.min(), x.max(), y.max()
 
 
-def _pixels(solid: _Placed, window: tuple[float, float, float], size: int) -> tuple[int, int, int, int]:
+def _pixels(solid: Body, window: tuple[float, float, float], size: int) -> tuple[int, int, int, int]:
     """(top, bottom, left, right) of a box of pixels that holds the solid."""
     x, y, width = window
-    left, top, right, bottom = _extent(solid)
+    left, bottom, right, top = _extent(solid)
     edges = np.array([y - top, y - bottom, left - x, right - x]) * size / width
     low, high = np.floor(edges[::2]) - 1, np.ceil(edges[1::2]) + 1
     return tuple(int(e) for e in np.clip((low[0], high[0], low[1], high[1]), 0, size))
@@ -294,8 +281,11 @@ def _rays(window: tuple[float, float, float], size: int, box: tuple[int, int, in
 
 
 def _lights(rng: np.random.Generator) -> np.ndarray:
-    """Directions to points of the light, float32 [LIGHTS, 3], unit length, the first its middle: above, left, in front."""
-    azimuth, height = np.deg2rad(rng.uniform(110, 160)), np.deg2rad(rng.uniform(48, 56))
+    """Directions to points of the light, float32 [LIGHTS, 3], the first its middle: above, to the left, in front.
+
+    None is higher than 64 degrees, so that light rays are flatter than a cone's side.
+    """
+    azimuth, height = np.deg2rad(rng.uniform(110, 160)), np.deg2rad(rng.uniform(44, 54))
     spiral = np.arange(LIGHTS) * 2.4
     reach = REACH * np.sqrt(np.arange(LIGHTS) / LIGHTS)
     azimuth, height = azimuth + reach * np.cos(spiral) / np.cos(height), height + reach * np.sin(spiral)
@@ -303,8 +293,8 @@ def _lights(rng: np.random.Generator) -> np.ndarray:
     return np.stack(lights, 1).astype(np.float32)
 
 
-def _ground(placed: list[_Placed], rays: np.ndarray, lights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The ground with the solids' shadows, float32 [3, H, W]: bright, nearly neutral, a little darker towards one side."""
+def _ground(placed: list[Body], rays: np.ndarray, lights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The ground with the solids' shadows, float32 [3, H, W]: bright, nearly neutral, darker towards one side."""
     point = (EYE[:, None, None] - EYE[1] / rays[1] * rays).astype(np.float32)
     shade = SHADOW * _shadow(placed, point, lights)
     h, w = rays.shape[1:]
@@ -314,7 +304,7 @@ def _ground(placed: list[_Placed], rays: np.ndarray, lights: np.ndarray, rng: np
     return ((tint + tilt) * (1 - shade)).astype(np.float32)
 
 
-def _shadow(solids: list[_Placed], point: np.ndarray, lights: np.ndarray) -> np.ndarray:
+def _shadow(solids: list[Body], point: np.ndarray, lights: np.ndarray) -> np.ndarray:
     """The share of the light that solids hide from points [3, ...] -> [...]."""
     maybe = np.zeros(point.shape[1:], bool)
     for solid in solids:  # the ray to the light's middle passes near the solid
@@ -323,101 +313,20 @@ def _shadow(solids: list[_Placed], point: np.ndarray, lights: np.ndarray) -> np.
         maybe |= x * x + y * y + z * z - along * along < (solid.reach + REACH * 1.2 * np.abs(along)) ** 2
     hidden = np.zeros((int(maybe.sum()), len(lights)), bool)
     for solid in solids:
-        near, far = _span(solid, point[:, maybe][:, :, None], lights.T[:, None, :])
+        near, far = span(solid, point[:, maybe][:, :, None], lights.T[:, None, :])
         hidden |= (near < far) & (far > 1e-3)
     dark = np.zeros(point.shape[1:], np.float32)
     dark[maybe] = hidden.mean(1)
     return dark
 
 
-def _shade(
-    solid: _Placed, point: np.ndarray, rays: np.ndarray, others: list[_Placed], lights: np.ndarray
-) -> np.ndarray:
-    """Colours [3, N] of surface points [3, N] (Blinn 1977): ambient, diffuse, and a soft highlight on round surfaces."""
-    normal, edge = _normal(solid, point)
+def _shade(solid: Body, point: np.ndarray, rays: np.ndarray, others: list[Body], lights: np.ndarray) -> np.ndarray:
+    """Colours [3, N] of surface points [3, N] (Blinn 1977): ambient, diffuse, and a soft highlight if round."""
+    normal, edge = normal_and_edge(solid, point)
     light = lights[0]
     lit = np.maximum(light @ normal, 0)
     if others:
         lit *= 1 - _shadow(others, point, lights)
-    half = _unit(light[:, None] - _unit(rays))
+    half = unit(light[:, None] - unit(rays))
     gloss = 0.0 if solid.shape == "cube" else GLOSS * np.maximum((half * normal).sum(0), 0) ** 24 * (lit > 0)
     return solid.colour[:, None] * (AMBIENT + 0.06 * normal[1] + DIFFUSE * lit + edge) + gloss
-
-
-# ---- solids: each is where some slabs and a quadric overlap, in a frame with its base at y = 0 and its size 1 --------------
-
-
-def _span(solid: _Placed, origin: np.ndarray, ray: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where rays are inside the solid: (near, far) in lengths of the ray, near >= far for those that miss.
-
-    Origins [3, ...] and rays [3, ...] broadcast. Rays must be flatter than a cone's side, which the camera and the light are.
-    """
-    (ox, oy, oz), (dx, dy, dz) = _local(solid, origin, solid.base), _local(solid, ray)
-    r, h = RADIUS[solid.shape], HEIGHT[solid.shape]
-    if solid.shape == "sphere":
-        oy = oy - r
-        return _quadric(dx * dx + dy * dy + dz * dz, ox * dx + oy * dy + oz * dz, ox * ox + oy * oy + oz * oz - r * r)
-    spans = [_slab(oy, dy, 0.0, h)]
-    if solid.shape == "cube":
-        spans += [_slab(ox, dx, -r, r), _slab(oz, dz, -r, r)]
-    elif solid.shape == "cylinder":
-        spans += [_quadric(dx * dx + dz * dz, ox * dx + oz * dz, ox * ox + oz * oz - r * r)]
-    else:
-        k, below = (r / h) ** 2, h - oy
-        a, b = dx * dx + dz * dz - k * dy * dy, ox * dx + oz * dz + k * below * dy
-        spans += [_quadric(a, b, ox * ox + oz * oz - k * below * below)]
-    near, far = spans[0]
-    for n, f in spans[1:]:
-        near, far = np.maximum(near, n), np.minimum(far, f)
-    return near, far
-
-
-def _slab(o: np.ndarray, d: np.ndarray, low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
-    """Where low < o + t d < high."""
-    a, b = (low - o) / d, (high - o) / d
-    return np.minimum(a, b), np.maximum(a, b)
-
-
-def _quadric(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where a t^2 + 2 b t + c < 0, for a > 0."""
-    square = b * b - a * c
-    root = np.sqrt(np.maximum(square, 0))
-    return (-b - root) / a, (root - b) / a
-
-
-def _normal(solid: _Placed, point: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Outward unit normals [3, N] at visible surface points [3, N], and extra brightness [N] along the edges."""
-    x, y, z = _local(solid, point, solid.base)
-    r, h = RADIUS[solid.shape], HEIGHT[solid.shape]
-    edge = np.zeros_like(x)
-    if solid.shape == "sphere":
-        nx, ny, nz = x, y - r, z
-    elif solid.shape == "cone":
-        nx, ny, nz = x, np.hypot(x, z) * r / h, z
-    elif solid.shape == "cylinder":
-        top = y > h - 1e-3
-        nx, ny, nz = np.where(top, 0, x), top * 1.0, np.where(top, 0, z)
-        edge = 0.1 * ((np.hypot(x, z) > 0.93 * r) & (y > 0.93 * h))
-    else:
-        local = np.stack([x / r, 2 * y / h - 1, z / r])
-        face = np.abs(local).argmax(0)
-        nx, ny, nz = ((face == axis) * np.sign(local[axis]) for axis in range(3))
-        edge = 0.1 * (np.sort(np.abs(local), 0)[1] > 0.92)
-    return _unit(np.stack(_turn(nx, ny, nz, -solid.yaw))), edge
-
-
-def _unit(v: np.ndarray) -> np.ndarray:
-    x, y, z = v
-    return v / np.sqrt(x * x + y * y + z * z)
-
-
-def _local(solid: _Placed, vector: np.ndarray, origin: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
-    """A point (with ``origin``) or direction in the solid's own frame and size."""
-    x, y, z = vector if origin is None else (v - np.float32(o) for v, o in zip(vector, origin, strict=True))
-    scale = np.float32(1 / solid.scale)
-    return _turn(x * scale, y * scale, z * scale, solid.yaw)
-
-
-def _turn(x: np.ndarray, y: np.ndarray, z: np.ndarray, yaw: float) -> tuple[np.ndarray, ...]:
-    c, s = np.float32(np.cos(yaw)), np.float32(np.sin(yaw))
-    return c * x - s * z, y, s * x + c * z
