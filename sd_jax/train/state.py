@@ -56,9 +56,14 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 
 def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    zero = jnp.zeros((), jnp.int32)
-    # A copy: the step donates its state, and one buffer cannot be donated twice.
-    return TrainState(zero, params, jax.tree.map(jnp.copy, params), optimizer.init(params), zero)
+    # Copies and a zero each: the step donates its state, and one buffer cannot be donated twice.
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        ema=jax.tree.map(jnp.copy, params),
+        opt_state=optimizer.init(params),
+        bad=jnp.zeros((), jnp.int32),
+    )
 
 
 def train_step(
