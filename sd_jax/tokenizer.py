@@ -77,7 +77,10 @@ class Tokenizer:
 
     @classmethod
     def from_merges(cls, merges: Sequence[tuple[str, str]]) -> Tokenizer:
-        """With the vocabulary OpenAI derives from merges: 256 bytes, the same ending a word, the merged, BOS, EOS."""
+        """The tokenizer of these merges, its vocabulary in OpenAI's order.
+
+        That is: 256 bytes, the same 256 at the end of a word, what each merge makes, BOS, EOS.
+        """
         symbols = _byte_symbols()
         names = [*symbols, *(symbol + _END for symbol in symbols), *(a + b for a, b in merges), BOS, EOS]
         return cls({name: i for i, name in enumerate(dict.fromkeys(names))}, tuple(merges))
@@ -89,9 +92,11 @@ class Tokenizer:
         return cls.from_merges(_merges_for(dict.fromkeys(word for text in texts for word in split(text))))
 
     def with_words(self, *words: str) -> Tokenizer:
-        """The same tokenizer with placeholder words added at the end of its vocabulary, one new token each."""
-        taken = [word for word in words if not word.strip() or word in self.vocab]
-        if taken or len(set(words)) < len(words):
+        """The same tokenizer with placeholder words added at the end of its vocabulary, one new token each.
+
+        They are found anywhere in a prompt, inside other words too, in upper or lower case: prefer "<toy>" to "toy".
+        """
+        if len(set(words)) < len(words) or any(not word.strip() or word in self.vocab for word in words):
             raise RequestError(f"placeholder words must be new, not empty and not repeated, and {words} are not all so")
         first = len(self.vocab)
         vocab = {**self.vocab, **{word: first + i for i, word in enumerate(words)}}
