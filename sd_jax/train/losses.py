@@ -57,7 +57,7 @@ def diffusion_loss(
     alpha, sigma = (jnp.asarray(a, jnp.float32)[t][:, None, None, None] for a in tables)
     eps = jax.random.normal(key_eps, x0.shape)
     x = schedule.q_sample(x0, eps, alpha, sigma)
-    target = eps if noise.prediction == "epsilon" else schedule.to_v(x0, eps, alpha, sigma)
+    target = schedule.target(noise.prediction, x0, eps, alpha, sigma)
     mse = jnp.mean((predict(x, t.astype(jnp.float32)) - target) ** 2, axis=(1, 2, 3))
 
     weight = weights((alpha / sigma)[:, 0, 0, 0] ** 2, noise.prediction, options)
