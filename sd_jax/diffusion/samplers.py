@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from sd_jax.diffusion.draws import fold
-from sd_jax.diffusion.singlestep import DDIM
+from sd_jax.diffusion.multistep import LMS, PLMS, DPMpp2M, DPMpp2MSDE, UniPC
+from sd_jax.diffusion.singlestep import DDIM, DDPM, DPM2, DPM2A, Euler, EulerA, Heun
 from sd_jax.types import Array, Denoise, LatentEdit, RequestError, Sampler, Step
 
 
@@ -76,7 +77,18 @@ class Progress:
 
 
 SAMPLERS: dict[str, type] = {
+    "plms": PLMS,
     "ddim": DDIM,
+    "ddpm": DDPM,
+    "lms": LMS,
+    "euler": Euler,
+    "euler_a": EulerA,
+    "heun": Heun,
+    "dpm2": DPM2,
+    "dpm2_a": DPM2A,
+    "dpmpp_2m": DPMpp2M,
+    "dpmpp_2m_sde": DPMpp2MSDE,
+    "unipc": UniPC,
 }
 
 

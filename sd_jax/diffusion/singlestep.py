@@ -2,14 +2,17 @@
 
 All of them are the probability-flow equation ``d(x / alpha) = eps d(sigma / alpha)`` (Song et al. 2021a; Karras et al.
 2022), taken in one Euler step (DDIM, Euler) or a second-order one (Heun, DPM2), with or without fresh noise on the way.
+In these units DDPM and ancestral Euler are DDIM with eta = 1 on other time grids, and Euler is DDIM with eta = 0.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.struct
 import jax.numpy as jnp
+import numpy as np
 
 from sd_jax.diffusion.draws import draw
 from sd_jax.diffusion.schedule import Grid
@@ -78,13 +81,10 @@ class Origin:
 # ---- one evaluation a step -----------------------------------------------------------------------------------------
 
 
-@flax.struct.dataclass
-class DDIM:
-    """Song et al. 2021a (arXiv 2010.02502), eq. 12. ``eta`` 0 is the deterministic ODE, 1 draws like DDPM."""
+class _OneRow:
+    """``init`` and ``step`` of the samplers whose step is one row, and whose noise is ``eta`` times the posterior's."""
 
-    eta: Array | float = 0.0
-
-    grid = Grid()
+    eta: Array | float
 
     def init(self, x: Array) -> tuple:
         return ()
@@ -94,3 +94,89 @@ class DDIM:
         down, std = ancestral(s.alpha, s.sigma, s.alpha_next, s.sigma_next, self.eta)
         x = move(x, eps, s.alpha, s.sigma, s.alpha_next, down)
         return x + std * draw(keys, x), state, aux
+
+
+@flax.struct.dataclass
+class DDIM(_OneRow):
+    """Song et al. 2021a (arXiv 2010.02502), eq. 12. ``eta`` 0 is the deterministic ODE, 1 draws like DDPM."""
+
+    eta: Array | float = 0.0
+
+    grid = Grid()
+
+
+@flax.struct.dataclass
+class DDPM(_OneRow):
+    """Ho et al. 2020 (arXiv 2006.11239), eq. 6 and 7: the posterior's mean and its own (the smaller) variance."""
+
+    eta = 1.0
+    grid = Grid(to_zero=True)
+
+
+@flax.struct.dataclass
+class Euler(_OneRow):
+    """Karras et al. 2022 (arXiv 2206.00364), alg. 2 with neither churn nor the second-order correction."""
+
+    eta = 0.0
+    grid = Grid("linspace", to_zero=True, whole=False, scaled=True)
+
+
+@flax.struct.dataclass
+class EulerA(_OneRow):
+    """Euler's method with ancestral noise (k-diffusion ``sample_euler_ancestral``)."""
+
+    eta = 1.0
+    grid = Euler.grid
+
+
+# ---- two evaluations a step ----------------------------------------------------------------------------------------
+
+
+@flax.struct.dataclass
+class Heun:
+    """Karras et al. 2022, alg. 2 without churn: the mean of the slopes at both ends; plain Euler down to sigma 0."""
+
+    grid = dataclasses.replace(Euler.grid, second="next")
+
+    def init(self, x: Array) -> tuple[Origin, Array]:
+        return Origin.nowhere(x), jnp.zeros_like(x)
+
+    def step(self, denoise: Denoise, x: Array, state: tuple, s: Step, keys: Array) -> tuple[Array, tuple, Any]:
+        origin, first = state
+        eps, aux = denoise(x, s)
+        again, origin = origin.of(x, s)
+        slope = jnp.where(again, (first + eps) / 2, eps)
+        return origin.to(slope, s), (origin, eps), aux
+
+
+@flax.struct.dataclass
+class DPM2:
+    """DPM-Solver-2: the slope at the middle (Lu et al. 2022, arXiv 2206.00927; k-diffusion ``sample_dpm_2``)."""
+
+    grid = dataclasses.replace(Euler.grid, second="middle", karras=np.round)
+
+    def init(self, x: Array) -> Origin:
+        return Origin.nowhere(x)
+
+    def step(self, denoise: Denoise, x: Array, state: Origin, s: Step, keys: Array) -> tuple[Array, Origin, Any]:
+        eps, aux = denoise(x, s)
+        _, origin = state.of(x, s)
+        return origin.to(eps, s), origin, aux
+
+
+@flax.struct.dataclass
+class DPM2A:
+    """DPM2 with ancestral noise (k-diffusion ``sample_dpm_2_ancestral``), added at the end of each step."""
+
+    grid = dataclasses.replace(DPM2.grid, second="down")
+
+    def init(self, x: Array) -> Origin:
+        return Origin.nowhere(x)
+
+    def step(self, denoise: Denoise, x: Array, state: Origin, s: Step, keys: Array) -> tuple[Array, Origin, Any]:
+        eps, aux = denoise(x, s)
+        again, origin = state.of(x, s)
+        down, std = ancestral(origin.alpha, origin.sigma, s.alpha_next, s.sigma_next)
+        down, std = jnp.where(again, down, s.sigma_next), jnp.where(again, std, 0.0)
+        x = move(origin.x, eps, origin.alpha, origin.sigma, s.alpha_next, down)
+        return x + std * draw(keys, x), origin, aux
