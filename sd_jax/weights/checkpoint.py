@@ -120,7 +120,7 @@ def problems(folder: str | Path, step: int) -> list[str]:
         return ["it is not there"]
     if not (path / _SUMS).is_file():
         return [f"no {_SUMS}: its saving or its copying was not finished"]
-    text = (path / _SUMS).read_text("utf-8", "replace")
+    text = (path / _SUMS).read_bytes().decode("utf-8", "replace")
     expected = {name: digest for digest, name in re.findall(r"^([0-9a-f]{64})  (.+)$", text, re.MULTILINE)}
     if text != _sums(expected):
         return [f"{_SUMS} itself was changed"]
@@ -148,6 +148,8 @@ def _seal(path: Path, record: dict[str, Any]) -> None:
     _write(path / _RECORD, json.dumps({**record, "files": len(names)}))
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         digests = list(pool.map(_sha256, [path / name for name in names]))
+    if None in digests:
+        raise OSError(f"{names[digests.index(None)]} cannot be read back")
     _write(path / _SUMS, _sums(dict(zip(names, digests, strict=True))))
 
 
@@ -167,6 +169,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _sha256(path: Path) -> str | None:
+    """None if the file cannot be read."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

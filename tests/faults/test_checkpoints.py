@@ -150,6 +150,13 @@ def test_f38_no_room_for_the_list_either(folder, monkeypatch):
     assert sorted(os.listdir(folder)) == ["00000001", "00000002"]
 
 
+def test_f38_what_cannot_be_read_back_was_not_saved(folder, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_sha256", lambda path: None)
+    with pytest.raises(checkpoint.CheckpointError, match="cannot be read back; step 2 is still there"):
+        checkpoint.save(folder, 3, make_state(3), keep=1)
+    assert sorted(os.listdir(folder)) == ["00000001", "00000002"]
+
+
 def test_f38_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(checkpoint.CheckpointError, match="no earlier step is there"):
