@@ -43,8 +43,8 @@ class Body:
 def span(solid: Body, origin: np.ndarray, ray: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Where rays are inside the solid: (near, far) in lengths of the ray, near >= far for those that miss.
 
-    Origins [3, ...] and rays [3, ...] broadcast. Rays must be flatter than a cone's side (64.5 degrees), or the part of a
-    cone that they are inside is not one span.
+    Origins [3, ...] and rays [3, ...] broadcast. Rays must be flatter than a cone's side (64.5 degrees): steeper
+    ones are inside the double cone twice.
     """
     (ox, oy, oz), (dx, dy, dz) = _local(solid, origin, solid.base), _local(solid, ray)
     r, h = RADIUS[solid.shape], HEIGHT[solid.shape]

@@ -1,6 +1,6 @@
 """Captioned pictures of coloured solids: what the embedded model is trained on.
 
-A scene is one solid, or two of different colours in one of five relations; ``caption`` puts it into words and ``render``
+A scene is one solid, or two of different colours in one of five relations; ``caption`` puts it into words, ``render``
 into pixels, by casting rays at solids that stand on a bright, nearly neutral ground under one soft light. All of it is
 NumPy and a function of a seed: example i of ``dataset`` depends on ``(seed, i)`` alone, so that examples can be made in
 parallel and a run can be resumed anywhere.
@@ -19,7 +19,6 @@ from collections.abc import Iterator
 import numpy as np
 
 from sd_jax.train.bodies import Body, normal_and_edge, span, unit
-from sd_jax.types import RequestError
 
 COLOURS = {
     "red": (0.87, 0.12, 0.14),
@@ -87,6 +86,8 @@ def dataset(n: int, seed: int, split: str = "train", size: int = 64, start: int 
 def sample_scene(rng: np.random.Generator, split: str = "any") -> Scene:
     """Draws a scene; ``split="heldout"`` gives pairs only, since no single solid is held out."""
     if split not in SPLITS:
+        from sd_jax.types import RequestError  # late: it imports jax, which workers that render do without
+
         raise RequestError(f"split {split!r} is not one of {', '.join(SPLITS)}")
     single = split != "heldout" and rng.random() < SINGLE
     if single:
