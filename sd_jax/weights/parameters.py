@@ -1,0 +1,179 @@
+"""The two-sided check: every parameter has its tensor, every tensor its parameter, in shapes and dtypes that fit.
+
+Nothing is read before the whole checkpoint has passed; what does not fit is reported at once, not one name a run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+import flax.traverse_util
+import jax.numpy as jnp
+import numpy as np
+
+from sd_jax.config import SDConfig
+from sd_jax.types import Params, RequestError, WeightsError
+from sd_jax.weights.tables import COMPONENTS, SAME, Row, Shape, Transform, parameter_shapes
+from sd_jax.weights.torch_pickle import short
+
+DTYPES = ("float32", "bfloat16", "float16")
+NEAREST = 40  # missing names for which a near one is looked up; it takes a millisecond each
+
+
+class Tensor(Protocol):
+    """A tensor that lies in a file or in memory."""
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    @property
+    def shape(self) -> Shape: ...
+
+    def read(self) -> np.ndarray: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """A Tensor in memory, of NumPy's or of JAX."""
+
+    array: Any
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(self.array.dtype)
+
+    @property
+    def shape(self) -> Shape:
+        return tuple(self.array.shape)
+
+    def read(self) -> np.ndarray:
+        return np.asarray(self.array)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """One of our parameters, and the tensor and transform it will come from."""
+
+    path: str
+    shape: Shape
+    tensor: Tensor
+    transform: Transform
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(self.tensor.dtype)
+
+    def read(self, dtype: Any = None) -> np.ndarray:
+        """The values in our axes, cast to ``dtype`` (kept where None); may be a view of the file, to be copied.
+
+        Raises WeightsError where a value is not finite, or not any more after the cast.
+        """
+        array = self.transform.to_ours(self.tensor.read())
+        if not _finite(array):
+            raise WeightsError(f"{self.path} has NaN or infinite values; the file is damaged, get it again")
+        dtype = array.dtype if dtype is None else dtype_of(dtype)
+        if array.dtype == dtype:
+            return array
+        with np.errstate(over="ignore"):
+            array = array.astype(dtype, order="C")
+        if not _finite(array):
+            raise WeightsError(f"{self.path} has values beyond the range of {dtype}; use float32 or bfloat16")
+        return array
+
+
+def dtype_of(name: Any) -> np.dtype:
+    """A dtype that weights may be kept in. Raises RequestError for any other."""
+    try:
+        dtype = np.dtype(jnp.dtype(name))
+    except TypeError:
+        dtype = None
+    if dtype is None or dtype.name not in DTYPES:
+        raise RequestError(f"dtype {name!r} is not one that weights are kept in; use {', '.join(DTYPES)}")
+    return dtype
+
+
+def to_parameters(config: SDConfig, params: Mapping[str, Any]) -> dict[str, Parameter]:
+    """Our own parameters by path, nested or flat, of arrays or Tensors -> checked Parameters.
+
+    Raises WeightsError with all that does not fit.
+    """
+    flat = {
+        path: leaf if hasattr(leaf, "read") else Held(leaf)
+        for path, leaf in flax.traverse_util.flatten_dict(dict(params), sep="/").items()
+    }
+    if all(isinstance(leaf, Parameter) for leaf in flat.values()):
+        return dict(flat)
+    rows = {
+        f"{c}/{path}": Row((f"{c}/{path}",), path, SAME) for c in COMPONENTS for path in parameter_shapes(config)[c]
+    }
+    parameters, problems = match(rows, config, flat)
+    complain("the parameters", problems)
+    return parameters
+
+
+def to_params(
+    parameters: Mapping[str, Parameter], dtype: Any = None, place: Callable[[str, np.ndarray], Any] | None = None
+) -> Params:
+    """Read all -> nested params. ``place(path, array)`` puts each array where it belongs (a device, say) before the
+    next is read; without it they are copies in memory.
+    """
+    put = place or (lambda _, array: np.array(array, order="C"))
+    return flax.traverse_util.unflatten_dict(
+        {path: put(path, parameter.read(dtype)) for path, parameter in parameters.items()}, sep="/"
+    )
+
+
+def match(
+    rows: Mapping[str, Row], config: SDConfig, tensors: Mapping[str, Tensor], ignored: Iterable[str] = ()
+) -> tuple[dict[str, Parameter], list[str]]:
+    """``rows`` by our full path ("unet/conv_in/kernel") and a file's tensors -> (parameters, what does not fit).
+
+    Tensors matched in full by a pattern of ``ignored`` are no parameters.
+    """
+    shapes = parameter_shapes(config)
+    skip = re.compile("|".join(f"(?:{pattern})" for pattern in ignored) or "(?!)")
+    parameters, missing, problems = {}, [], []
+    left = {name: tensor for name, tensor in tensors.items() if not skip.fullmatch(name)}
+    for path, row in rows.items():
+        component, _, inner = path.partition("/")
+        name = next((name for name in row.names if name in left), None)
+        if name is None:
+            missing.append(row.names[0])
+            continue
+        tensor, ours = left.pop(name), shapes[component][inner]
+        if not row.transform.reads(tuple(tensor.shape), ours):
+            expected = row.transform.shape(ours)
+            problems.append(f"shape    {name} is {list(tensor.shape)} where {list(expected)} is expected")
+        if np.dtype(tensor.dtype).name not in DTYPES:
+            problems.append(f"dtype    {name} is {np.dtype(tensor.dtype)}; {', '.join(DTYPES)} are read")
+        parameters[path] = Parameter(path, ours, tensor, row.transform)
+    for i, name in enumerate(missing):
+        near = difflib.get_close_matches(name, left, 1, 0.8) if i < NEAREST else []
+        problems.append(f"missing  {name}" + (f" (nearest: {short(near[0])})" if near else ""))
+    problems += [f"extra    {short(name)} {list(tensor.shape)}" for name, tensor in left.items()]
+    return parameters, problems
+
+
+def complain(where: str, problems: list[str]) -> None:
+    """Raises WeightsError with a table of all the problems, if there are any."""
+    if problems:
+        kinds = [problem.split()[0] for problem in problems]
+        counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+        raise WeightsError(
+            f"{where} does not fit the model ({counts}); use weights of Stable Diffusion v1, or give their config:"
+            + "".join(f"\n  {problem}" for problem in sorted(problems))
+        )
+
+
+def _finite(array: np.ndarray) -> bool:
+    """No NaN and no infinity. Half floats are looked at as integers, which NumPy compares many times faster."""
+    if array.size == 0:
+        return True
+    if array.dtype.itemsize == 2:
+        infinity = 0x7C00 if array.dtype == np.float16 else 0x7F80
+        return int((array.view(np.uint16) & 0x7FFF).max()) < infinity
+    return bool(np.isfinite(array.min()) and np.isfinite(array.max()))
