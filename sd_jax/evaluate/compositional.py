@@ -36,6 +36,7 @@ SMALLEST = 24 / 64**2  # share of the picture that a solid covers at least
 SECOND = 0.2  # a second piece of a colour, of more than this share of the first, is a second solid
 STRETCH = 0.2  # an outline may be as much taller or wider, as a logarithm
 HIDING = 0.1  # cost of growing a box by the picture's width, against 1 for getting every pixel wrong
+CLOSEST = 6  # so many outlines, of twelve, have their boxes refined
 WORST = 0.3  # a silhouette that every outline fits worse than this shows none of the solids
 LARGE = 0.49  # a single solid is large if its box is, in the geometric mean of its sides, against the picture's width
 
@@ -288,12 +289,14 @@ def fit(mask: np.ndarray, hidden: np.ndarray) -> Fit:
         stretch = np.log((bottom - top) / (right - left) / outline.aspect)
         return np.where(np.abs(stretch) < STRETCH, wrong, np.inf)
 
+    starts = sorted(((errors(outline, boxes), outline) for outline in outlines()), key=lambda start: start[0].min())
     best = Fit("", tuple(boxes[0]), np.inf)
-    for outline in outlines():
+    for error, outline in starts[:CLOSEST]:
         least, trials = np.inf, boxes
-        while (error := errors(outline, trials)).min() < least:  # downhill from the best box, edge by edge
+        while error.min() < least:  # downhill from the best box, edge by edge
             least, box = error.min(), trials[error.argmin()]
             trials = box + moves
+            error = errors(outline, trials)
         if least < best.error:
             best = Fit(outline.shape if least < WORST else "", tuple(box), float(least))
     return best
@@ -305,7 +308,7 @@ def _filled(outline: Outline, boxes: np.ndarray, summed: np.ndarray) -> np.ndarr
     x = np.arange(summed.shape[1])
     u = 2 * (x + 0.5 - left) / (right - left) - 1
     rows = [top + np.interp(u, ACROSS, edge) * (bottom - top) for edge in (outline.top, outline.bottom)]
-    first, last = (np.clip(np.ceil(row - 0.5).astype(int), 0, len(summed) - 1) for row in rows)
+    first, last = (np.minimum(np.maximum(np.ceil(row - 0.5), 0), len(summed) - 1).astype(int) for row in rows)
     return ((summed[last, x] - summed[first, x]) * (np.abs(u) < 1)).sum(1)
 
 
