@@ -34,9 +34,9 @@ def denoiser(
     ``context`` is [B, P, K, D], or [N, B, P, K, D] with one for each of the N denoising steps (null-text inversion; a
     step past the last is all NaN). ``scale`` and ``rescale`` are a float or one per image [B], and may change without
     compiling anew; ``guided=False`` is static, runs the conditional pass (the last) alone, and reads neither.
-    ``prediction`` is what the network puts out (``schedule.to_eps``). ``extra`` [B, h, w, E] is appended to x's channels:
-    for the inpainting UNet the mask (1 is repainted) and then the latents of the masked image. All but the network is
-    float32. Raises ValueError for a guided context that is not in pairs.
+    ``prediction`` is what the network puts out (``schedule.to_eps``). ``extra`` [B, h, w, E] is appended to x's
+    channels: for the inpainting UNet the mask (1 is repainted) and then the latents of the masked image. All but the
+    network is float32. Raises ValueError for a guided context that is not in pairs.
     """
 
     def denoise(x: Array, s: Step) -> tuple[Array, Any]:
@@ -57,8 +57,8 @@ def denoiser(
 def combine(pair: Array, scale: Array | float, rescale: Array | float | None = None) -> Array:
     """The guided prediction [B, ...] of the pair [B, 2, ...]: Ho & Salimans 2022 (arXiv 2207.12598), eq. 6.
 
-    ``scale`` (a float or [B]) is 1 for the conditional prediction as it is; the paper's w is scale - 1. ``rescale``, phi
-    in Lin et al. 2023 (arXiv 2305.08891), section 3.4, moves the result's standard deviation back towards the
+    ``scale`` (a float or [B]) is 1 for the conditional prediction as it is; the paper's w is scale - 1. ``rescale``,
+    phi in Lin et al. 2023 (arXiv 2305.08891), section 3.4, moves the result's standard deviation back towards the
     conditional prediction's: 0 not at all, 1 fully.
     """
     without, given = pair[:, 0], pair[:, 1]
