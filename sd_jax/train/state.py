@@ -41,8 +41,11 @@ class OptimizerConfig:
     ema: float = 0.9999
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The optax chain; ``steps`` is the length of the whole run."""
+DECAYS = ("constant", "cosine", "linear")
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Update number -> learning rate; ``steps`` is the length of the whole run."""
     rest = max(steps - config.warmup, 1)
     after = {
         "constant": optax.constant_schedule(config.learning_rate),
@@ -50,7 +53,12 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         "linear": optax.linear_schedule(config.learning_rate, 0.0, rest),
     }[config.decay]
     warmup = optax.linear_schedule(0.0, config.learning_rate, max(config.warmup, 1))
-    rate = optax.join_schedules([warmup, after], [config.warmup])
+    return optax.join_schedules([warmup, after], [config.warmup])
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """The optax chain; ``steps`` is the length of the whole run."""
+    rate = learning_rate(config, steps)
     clip = optax.identity() if config.clip is None else optax.clip_by_global_norm(config.clip)
     return optax.chain(clip, optax.adamw(rate, config.b1, config.b2, weight_decay=config.weight_decay))
 

@@ -1,0 +1,73 @@
+"""The model that is embedded in the package (``sd_jax.load("tiny")``), from nothing.
+
+Command:  python tools/train_tiny.py --workdir runs/tiny        (or: sd-jax train configs/tiny.py --workdir runs/tiny)
+Hardware: two CPU cores, 4 GiB of memory; any accelerator that JAX has.
+Data:     50,000 scenes of 64x64 pixels that it renders itself, three minutes on a core.
+"""
+
+from sd_jax.config import CLIPConfig, NoiseConfig, SDConfig, UNetConfig, VAEConfig
+from sd_jax.train.config import DataConfig, Recipe, TrainConfig, VAELoss
+from sd_jax.train.data import scene_tokenizer
+from sd_jax.train.losses import NoiseLoss
+from sd_jax.train.state import OptimizerConfig
+
+
+def get_config() -> Recipe:
+    model = SDConfig(
+        clip=CLIPConfig(vocab_size=scene_tokenizer().vocab_size, width=128, mlp_width=512, layers=3, heads=4),
+        unet=UNetConfig(
+            widths=(64, 128),
+            layers=1,
+            attention=(True, True),
+            heads=(2, 4),
+            context_width=128,
+            groups=16,
+            sample_size=8,
+        ),
+        vae=VAEConfig(widths=(16, 32, 64, 128), layers=1, groups=8),  # its scale is measured
+        noise=NoiseConfig(sampler="ddim", spacing="trailing"),
+    )
+    return Recipe(
+        model=model,
+        data=DataConfig(scenes=50_000, seed=0),
+        vae=TrainConfig(
+            task="vae",
+            steps=2800,
+            batch_size=8,
+            optimizer=OptimizerConfig(1.5e-3, warmup=100, decay="cosine", weight_decay=0.0, ema=0.998),
+            vae_loss=VAELoss(kl=3e-4, mse=4.0, edges=0.25),
+            save_every=200,
+            preview_every=400,
+        ),
+        # The encoder is left as it is: latents that exist stay valid.
+        polish=TrainConfig(
+            task="vae",
+            seed=1,
+            steps=1500,
+            batch_size=8,
+            trainable=("vae/decoder/", "vae/post_quant_conv/"),
+            optimizer=OptimizerConfig(5e-4, warmup=100, decay="cosine", weight_decay=0.0, ema=0.998),
+            vae_loss=VAELoss(kl=0.0, mse=4.0, edges=0.5),
+            save_every=200,
+            preview_every=500,
+        ),
+        text=TrainConfig(
+            task="text",
+            seed=2,
+            steps=600,
+            batch_size=64,
+            optimizer=OptimizerConfig(1e-3, warmup=50, decay="cosine", ema=0.99),
+            save_every=200,
+        ),
+        diffusion=TrainConfig(
+            task="diffusion",
+            seed=3,
+            steps=8000,
+            batch_size=16,
+            repeats=3,
+            optimizer=OptimizerConfig(1e-3, warmup=200, decay="linear", b1=0.9, b2=0.99, ema=0.999),
+            noise_loss=NoiseLoss(min_snr=5.0, high_share=0.7, high_from=550, high_weight=12.0),
+            save_every=500,
+            preview_every=1000,
+        ),
+    )
