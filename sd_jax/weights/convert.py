@@ -13,7 +13,7 @@ import numpy as np
 from sd_jax.config import SDConfig, to_diffusers
 from sd_jax.tokenizer import Tokenizer
 from sd_jax.types import RequestError
-from sd_jax.weights.parameters import Parameter, dtype_of, to_parameters
+from sd_jax.weights.parameters import Parameter, dtype_of, ordered, to_parameters
 from sd_jax.weights.safetensors_file import replacing, write_safetensors
 from sd_jax.weights.source import FOLDERS, NATIVE, Report, open_source, tokenizer_to_dict
 from sd_jax.weights.tables import COMPONENTS, table
@@ -129,7 +129,7 @@ def _theirs(
 
 
 def _reader(parameter: Parameter, dtype: np.dtype, transform=lambda array: array):
-    return lambda: transform(parameter.read(dtype))
+    return lambda: ordered(transform(parameter.read(dtype)))
 
 
 def _model_index(jsons: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -37,7 +37,8 @@ def recognise(shapes: Mapping[str, Shape]) -> str | None:
     channels = next((shapes[name][1] for name in _CONV_IN if len(shapes.get(name, ())) == 4), None)
     if channels == 8 and base:
         return "InstructPix2Pix (8 input channels), which sd_jax does not run"
-    if any_with("string_to_param", "emb_params") or (len(shapes) < 4 and {s[-1:] for s in shapes.values()} == {(768,)}):
+    words = all("." not in name for name in shapes) and {shape[-1:] for shape in shapes.values()} == {(768,)}
+    if words or any_with("string_to_param", "emb_params"):
         return "a textual inversion embedding alone, not a model"
     if any_with("first_stage_model.") and not base:
         return "an autoencoder alone, not a whole model"
