@@ -8,6 +8,7 @@ else.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any, Protocol
 
 import flax.struct
@@ -26,6 +27,18 @@ class RequestError(ValueError):
 
 class WeightsError(RequestError):
     """A checkpoint is broken, hostile, or of a model that sd_jax does not run."""
+
+
+def pytree(cls: type) -> type:
+    """``flax.struct.dataclass`` for samplers, edits, and whatever else is handed to a jitted function for its methods.
+
+    In jaxlib 0.10.2 the structures of two ``register_dataclass`` classes with equally many fields compare equal, and
+    now and then (when their hashes fall together) jit runs the one's program for the other. Here the class is part of
+    the structure.
+    """
+    cls.__annotations__ = {**inspect.get_annotations(cls), "_class": type}
+    cls._class = flax.struct.field(pytree_node=False, default=cls, repr=False, kw_only=True)
+    return flax.struct.dataclass(cls)
 
 
 @flax.struct.dataclass

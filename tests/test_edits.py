@@ -1,6 +1,5 @@
 """Edits of the latents between steps."""
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +10,7 @@ from sd_jax.diffusion.draws import starting_noise
 from sd_jax.diffusion.edits import Chain, Inpaint, composite
 from sd_jax.diffusion.samplers import make_sampler, sample
 from sd_jax.diffusion.schedule import time_grid
+from sd_jax.types import pytree
 
 NOISE = NoiseConfig()
 KEYS = jax.vmap(jax.random.key)(jnp.arange(2))
@@ -23,7 +23,7 @@ def denoise(x, s):
     return jnp.tanh(x), None
 
 
-@flax.struct.dataclass
+@pytree
 class Count:
     """Adds one, and remembers what it has seen."""
 

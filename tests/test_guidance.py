@@ -53,7 +53,7 @@ def test_half_precision_is_combined_in_float32():
 
 
 def test_rescale():
-    """Lin et al. 2023, eq. 14 to 16, for each image on its own."""
+    """Lin et al. 2023, section 3.4, for each image on its own."""
     plain = combine(PAIR, SCALE)
     np.testing.assert_allclose(combine(PAIR, SCALE, 0.0), plain, atol=1e-6)
     full = combine(PAIR, SCALE, 1.0)

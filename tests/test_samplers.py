@@ -8,7 +8,6 @@ sigma^2).
 import dataclasses
 from functools import partial
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +17,7 @@ from sd_jax.config import NoiseConfig
 from sd_jax.diffusion.draws import POSTERIOR, STARTING, draw, fold, starting_noise
 from sd_jax.diffusion.samplers import SAMPLERS, Progress, make_sampler, sample
 from sd_jax.diffusion.schedule import Grid, reverse, start_at, time_grid
-from sd_jax.types import RequestError
+from sd_jax.types import RequestError, pytree
 
 NOISE = NoiseConfig()
 MU, SPREAD = 0.7, 0.5
@@ -144,7 +143,7 @@ def test_inversion_from_an_image_without_noise():
 # ---- the loop ------------------------------------------------------------------------------------------------------
 
 
-@flax.struct.dataclass
+@pytree
 class Still:
     """A sampler that reports what it was given, and leaves x where it is."""
 
@@ -238,6 +237,30 @@ def test_progress_does_not_compile_anew_nor_change_the_result():
     assert sorted(heard[0]) == sorted(heard[1]) == list(range(7))
 
 
+@pytree
+class Own:
+    """A user's sampler: ancestral DDIM written from the paper, with no time grid of its own."""
+
+    eta: float
+
+    def init(self, x):
+        return ()
+
+    def step(self, denoise, x, state, s, keys):
+        eps, aux = denoise(x, s)
+        x0 = (x - s.sigma * eps) / s.alpha
+        ratio = (s.alpha * s.sigma_next) / (s.alpha_next * s.sigma)
+        std = self.eta * s.sigma_next * jnp.sqrt(1 - ratio**2)
+        x = s.alpha_next * x0 + jnp.sqrt(s.sigma_next**2 - std**2) * eps
+        return x + std * draw(keys, x), state, aux
+
+
+def test_a_sampler_of_ones_own():
+    x, keys = starting_noise(keys_of(0, 1), (4, 4, 2)), keys_of(0, 1)
+    ours = run(crooked, make_sampler("ddim", 0.5), x, time_grid(NOISE, 6, SAMPLERS["ddim"]), keys)
+    np.testing.assert_allclose(run(crooked, Own(0.5), x, time_grid(NOISE, 6, Own), keys), ours, atol=1e-5)
+
+
 # ---- transformations -----------------------------------------------------------------------------------------------
 
 
@@ -298,6 +321,15 @@ def test_the_same_under_vmap_pmap_and_shard_map(name):
     np.testing.assert_allclose(jax.vmap(one)(*apart)[:, 0], plain, atol=1e-5)
     np.testing.assert_allclose(jax.pmap(one)(*apart)[:, 0], plain, atol=1e-5)
     np.testing.assert_allclose(sharded, plain, atol=1e-5)
+
+
+def test_no_sampler_is_taken_for_another():
+    """jit finds a compiled program by the structure of its arguments."""
+    samplers = [*map(make_sampler, SAMPLERS), Still(), Own(0.0)]
+    structures = [jax.tree.structure(sampler) for sampler in samplers]
+    assert all(a != b for i, a in enumerate(structures) for b in structures[:i])
+    assert jax.tree.structure(make_sampler("ddim", 0.1)) == jax.tree.structure(make_sampler("ddim", 0.9))
+    assert jax.tree.map(lambda v: v + 1, Own(1.0)) == Own(2.0)
 
 
 # ---- names ---------------------------------------------------------------------------------------------------------

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import flax.struct
-
 from sd_jax.diffusion.schedule import q_sample
-from sd_jax.types import Array, LatentEdit, Step
+from sd_jax.types import Array, LatentEdit, Step, pytree
 
 
-@flax.struct.dataclass
+@pytree
 class Inpaint:
     """Keeps what the mask leaves out, and lets the rest be painted, with a network that knows nothing of masks.
 
@@ -37,7 +35,7 @@ def composite(x: Array, known: Array, mask: Array) -> Array:
     return mask * x + (1 - mask) * known
 
 
-@flax.struct.dataclass
+@pytree
 class Chain:
     """Several edits as one: each is given the latents that the one before it left."""
 

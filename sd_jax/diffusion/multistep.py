@@ -15,12 +15,12 @@ import numpy as np
 from sd_jax.diffusion.draws import draw
 from sd_jax.diffusion.schedule import Grid, to_x0
 from sd_jax.diffusion.singlestep import Euler, Origin, ancestral
-from sd_jax.types import Array, Denoise, Step
+from sd_jax.types import Array, Denoise, Step, pytree
 
 # ---- extrapolating the noise ---------------------------------------------------------------------------------------
 
-# Weights of the newest and the three older evaluations: Adams-Bashforth of order 1 to 4 (Liu et al. 2022, eq. 12), and
-# last the mean that redoes the first step.
+# Weights of the newest and the three older evaluations: Adams-Bashforth of order 1 to 4, and last the mean that redoes
+# the first step.
 _PLMS_WEIGHTS = (
     (1, 0, 0, 0),
     (3 / 2, -1 / 2, 0, 0),
@@ -30,7 +30,7 @@ _PLMS_WEIGHTS = (
 )
 
 
-@flax.struct.dataclass
+@pytree
 class PLMS:
     """Pseudo linear multistep: Liu et al. 2022 (arXiv 2202.09778), as in CompVis ``plms.py``; v1-4's own sampler.
 
@@ -52,7 +52,7 @@ class PLMS:
         return x, (origin, past, jnp.where(again, count, jnp.minimum(count + 1, 3))), aux
 
 
-@flax.struct.dataclass
+@pytree
 class LMS:
     """Linear multistep of order 4 on the grid's own levels (k-diffusion ``sample_lms``)."""
 
@@ -91,10 +91,10 @@ def _combine(weights: Array, terms: tuple) -> Array:
 
 
 def toward(x: Array, x0: Array, alpha: Array, sigma: Array, alpha_next: Array, sigma_next: Array) -> Array:
-    """The exact step of the probability flow, if the predicted image stays ``x0``: Lu et al. 2022b, eq. 9, k = 1.
+    """The exact step of the probability flow, if the predicted image stays ``x0`` (DPM-Solver++ of order 1).
 
-    It is their ``sigma_next / sigma x - alpha_next (exp(-h) - 1) x0``, without the exponential of the last step's
-    infinite h.
+    Lu et al. 2022b write ``sigma_next / sigma x - alpha_next (exp(-h) - 1) x0``. This is that, without the exponential
+    of the infinite h that the step to sigma 0 has.
     """
     return alpha_next * x0 + sigma_next * ((x - alpha * x0) / sigma)
 
@@ -115,42 +115,39 @@ def _second_order(x0: Array, old: Array, lam: Array, lam_old: Array, s: Step, re
     return x0 + weight * (x0 - old)
 
 
-class _Multistep2:
-    """DPM-Solver++(2M) with ``eta`` times the ancestral noise; of order 1 at first and on the step to sigma 0."""
-
-    eta: float
-
-    def init(self, x: Array) -> tuple:
-        return jnp.zeros_like(x), jnp.zeros((), x.dtype), jnp.bool_(False)
-
-    def step(self, denoise: Denoise, x: Array, state: tuple, s: Step, keys: Array) -> tuple[Array, tuple, Any]:
-        eps, aux = denoise(x, s)
-        x0, lam = to_x0(eps, x, s), _lam(s.alpha, s.sigma)
-        middle = _second_order(x0, state[0], lam, state[1], s, state[2])
-        down, std = ancestral(s.alpha, s.sigma, s.alpha_next, s.sigma_next, self.eta)
-        x = toward(x, middle, s.alpha, s.sigma, s.alpha_next, down)
-        return x + std * draw(keys, x), (x0, lam, jnp.bool_(True)), aux
-
-
 # DPM-Solver++ and UniPC ask the network at whole timesteps, on a Karras or exponential grid of levels too. The nudge
 # keeps an exact timestep from being cut to the one below it by rounding.
 _WHOLE = Grid("linspace", to_zero=True, spare=1, karras=np.round, exponential=lambda t: np.floor(t + 1e-6))
 
 
-@flax.struct.dataclass
-class DPMpp2M(_Multistep2):
-    """DPM-Solver++(2M): Lu et al. 2022b (arXiv 2211.01095), alg. 2."""
+@pytree
+class DPMpp2M:
+    """DPM-Solver++(2M): Lu et al. 2022b (arXiv 2211.01095), alg. 2; of order 1 at first and on the step to sigma 0."""
 
-    eta = 0.0
     grid = _WHOLE
 
+    def init(self, x: Array) -> tuple:
+        return jnp.zeros_like(x), jnp.zeros((), x.dtype), jnp.bool_(False)
 
-@flax.struct.dataclass
-class DPMpp2MSDE(_Multistep2):
-    """SDE-DPM-Solver++(2M): Lu et al. 2022b, eq. 18, in the midpoint form of diffusers and k-diffusion."""
+    def step(self, denoise: Denoise, x: Array, state: tuple, s: Step, keys: Array) -> tuple[Array, tuple, Any]:
+        middle, state, aux = self._middle(denoise, x, state, s)
+        return toward(x, middle, s.alpha, s.sigma, s.alpha_next, s.sigma_next), state, aux
 
-    eta = 1.0
-    grid = _WHOLE
+    def _middle(self, denoise: Denoise, x: Array, state: tuple, s: Step) -> tuple[Array, tuple, Any]:
+        eps, aux = denoise(x, s)
+        x0, lam = to_x0(eps, x, s), _lam(s.alpha, s.sigma)
+        old, lam_old, ready = state
+        return _second_order(x0, old, lam, lam_old, s, ready), (x0, lam, jnp.bool_(True)), aux
+
+
+@pytree
+class DPMpp2MSDE(DPMpp2M):
+    """SDE-DPM-Solver++(2M): Lu et al. 2022b for the diffusion SDE, in diffusers' midpoint form."""
+
+    def step(self, denoise: Denoise, x: Array, state: tuple, s: Step, keys: Array) -> tuple[Array, tuple, Any]:
+        middle, state, aux = self._middle(denoise, x, state, s)
+        down, std = ancestral(s.alpha, s.sigma, s.alpha_next, s.sigma_next)
+        return toward(x, middle, s.alpha, s.sigma, s.alpha_next, down) + std * draw(keys, x), state, aux
 
 
 @flax.struct.dataclass
@@ -166,9 +163,9 @@ class UniPCState:
     count: Array  # how many predictions there are, at most 2
 
 
-@flax.struct.dataclass
+@pytree
 class UniPC:
-    """UniPC-2 with B(h) = exp(h) - 1: Zhao et al. 2023 (arXiv 2302.04867), alg. 5 and 7, predicting the image.
+    """UniPC-2 with B(h) = exp(h) - 1: Zhao et al. 2023 (arXiv 2302.04867), alg. 1 and 2, predicting the image.
 
     Every evaluation first corrects the step that led to it, then predicts the next, which is DPM-Solver++(2M)'s step.
     The corrected point is not evaluated again.
@@ -194,8 +191,9 @@ class UniPC:
         second = state.count > 1
         h = jnp.where(state.count > 0, lam - lam_old, 1.0)
         ratio = jnp.where(second, (state.lam_older - lam_old) / h, -1.0)  # the paper's r_1, negative
-        b1 = (jnp.expm1(-h) / -h - 1) / jnp.expm1(-h)
-        b2 = 2 * ((jnp.expm1(-h) / -h - 1) / -h - 1 / 2) / jnp.expm1(-h)
+        phi1 = jnp.expm1(-h) / -h  # (exp(z) - 1) / z at z = -h, and the next of that family
+        phi2 = (phi1 - 1) / -h
+        b1, b2 = -h * phi2 / jnp.expm1(-h), 2 * (phi2 - 1 / 2) / jnp.expm1(-h)
         rho = jnp.where(second, (b1 - b2) / (1 - ratio), 0.0)
         rho_end = jnp.where(second, b1 - rho, 1 / 2)
         mean = state.x0 + rho * (state.older - state.x0) / ratio + rho_end * (x0 - state.x0)

@@ -1,7 +1,8 @@
 """The denoising loop, and the names of the samplers it runs.
 
 A sampler is a pytree with ``init(x) -> state`` and ``step(denoise, x, state, s, keys) -> (x, state, aux)``, and, if its
-time grid is not DDIM's, a class attribute ``grid`` (``schedule.Grid``). Numbers that people sweep are its leaves.
+time grid is not DDIM's, a class attribute ``grid`` (``schedule.Grid``). Numbers that people sweep are its leaves. Make
+it with ``types.pytree``.
 """
 
 from __future__ import annotations

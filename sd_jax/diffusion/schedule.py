@@ -251,7 +251,7 @@ def _second_level(noise: NoiseConfig, grid: Grid, here: tuple, there: tuple) -> 
 def _fits(noise: NoiseConfig, n: int, grid: Grid, spacing: str) -> bool:
     """Whether the timesteps exist (an index past the table would be clamped in silence) and the noise falls."""
     t, k = _levels(noise, n, grid, spacing)
-    return bool(t.max() < noise.train_steps and np.all(np.diff(k[:n]) < 0))
+    return bool(0 <= t.min() and t.max() < noise.train_steps and np.all(np.diff(k[:n]) < 0))
 
 
 def _require_whole(name: str, value: Any, low: int, high: int) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from sd_jax.diffusion.draws import draw
 from sd_jax.diffusion.schedule import Grid
-from sd_jax.types import Array, Denoise, Step
+from sd_jax.types import Array, Denoise, Step, pytree
 
 # ---- what they are made of -----------------------------------------------------------------------------------------
 
@@ -24,7 +24,7 @@ from sd_jax.types import Array, Denoise, Step
 def move(x: Array, eps: Array, alpha: Array, sigma: Array, alpha_next: Array, sigma_next: Array) -> Array:
     """The Euler step of the probability flow: x / alpha moves by eps times the change in sigma / alpha.
 
-    It is Song et al. 2021a (DDIM), eq. 12 without noise, and Karras et al. 2022, alg. 1 without churn.
+    It is Song et al. 2021a (DDIM), eq. 12 without noise, and the first half of Karras et al. 2022, alg. 1.
     """
     return alpha_next * ((x - sigma * eps) / alpha) + sigma_next * eps
 
@@ -81,8 +81,22 @@ class Origin:
 # ---- one evaluation a step -----------------------------------------------------------------------------------------
 
 
-class _OneRow:
-    """``init`` and ``step`` of the samplers whose step is one row, and whose noise is ``eta`` times the posterior's."""
+@pytree
+class Euler:
+    """Karras et al. 2022 (arXiv 2206.00364), alg. 1 without the second-order correction."""
+
+    grid = Grid("linspace", to_zero=True, whole=False, scaled=True)
+
+    def init(self, x: Array) -> tuple:
+        return ()
+
+    def step(self, denoise: Denoise, x: Array, state: tuple, s: Step, keys: Array) -> tuple[Array, tuple, Any]:
+        eps, aux = denoise(x, s)
+        return move(x, eps, s.alpha, s.sigma, s.alpha_next, s.sigma_next), state, aux
+
+
+class _Ancestral:
+    """Euler's method with ``eta`` times the posterior's noise."""
 
     eta: Array | float
 
@@ -96,8 +110,8 @@ class _OneRow:
         return x + std * draw(keys, x), state, aux
 
 
-@flax.struct.dataclass
-class DDIM(_OneRow):
+@pytree
+class DDIM(_Ancestral):
     """Song et al. 2021a (arXiv 2010.02502), eq. 12. ``eta`` 0 is the deterministic ODE, 1 draws like DDPM."""
 
     eta: Array | float = 0.0
@@ -105,24 +119,16 @@ class DDIM(_OneRow):
     grid = Grid()
 
 
-@flax.struct.dataclass
-class DDPM(_OneRow):
+@pytree
+class DDPM(_Ancestral):
     """Ho et al. 2020 (arXiv 2006.11239), eq. 6 and 7: the posterior's mean and its own (the smaller) variance."""
 
     eta = 1.0
     grid = Grid(to_zero=True)
 
 
-@flax.struct.dataclass
-class Euler(_OneRow):
-    """Karras et al. 2022 (arXiv 2206.00364), alg. 2 with neither churn nor the second-order correction."""
-
-    eta = 0.0
-    grid = Grid("linspace", to_zero=True, whole=False, scaled=True)
-
-
-@flax.struct.dataclass
-class EulerA(_OneRow):
+@pytree
+class EulerA(_Ancestral):
     """Euler's method with ancestral noise (k-diffusion ``sample_euler_ancestral``)."""
 
     eta = 1.0
@@ -132,9 +138,9 @@ class EulerA(_OneRow):
 # ---- two evaluations a step ----------------------------------------------------------------------------------------
 
 
-@flax.struct.dataclass
+@pytree
 class Heun:
-    """Karras et al. 2022, alg. 2 without churn: the mean of the slopes at both ends; plain Euler down to sigma 0."""
+    """Karras et al. 2022, alg. 1: the mean of the slopes at both ends; plain Euler down to sigma 0."""
 
     grid = dataclasses.replace(Euler.grid, second="next")
 
@@ -149,7 +155,7 @@ class Heun:
         return origin.to(slope, s), (origin, eps), aux
 
 
-@flax.struct.dataclass
+@pytree
 class DPM2:
     """DPM-Solver-2: the slope at the middle (Lu et al. 2022, arXiv 2206.00927; k-diffusion ``sample_dpm_2``)."""
 
@@ -164,7 +170,7 @@ class DPM2:
         return origin.to(eps, s), origin, aux
 
 
-@flax.struct.dataclass
+@pytree
 class DPM2A:
     """DPM2 with ancestral noise (k-diffusion ``sample_dpm_2_ancestral``), added at the end of each step."""
 
