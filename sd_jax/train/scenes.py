@@ -126,12 +126,12 @@ def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
 
 
 def benchmark_captions(n: int, seed: int = 0) -> dict[str, list[str]]:
-    """Canonical captions to test a model on, n in each of four groups; the last is one caption n times."""
+    """Captions in varied wordings to test a model on, n in each of four groups; the last is one caption n times."""
 
     def draw(group: int, split: str, solids: int) -> list[str]:
         rng = np.random.default_rng((seed, group))
         scenes = (sample_scene(rng, split) for _ in itertools.count())
-        return [caption(s) for s in itertools.islice((s for s in scenes if len(s.solids) == solids), n)]
+        return [caption(s, rng) for s in itertools.islice((s for s in scenes if len(s.solids) == solids), n)]
 
     return {
         "one object": draw(0, "train", 1),
