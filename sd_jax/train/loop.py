@@ -34,7 +34,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from sd_jax import images as im
 from sd_jax.tokenizer import Tokenizer
 from sd_jax.train.config import Recipe, TrainConfig, differences
-from sd_jax.train.data import Interrupted, never, replace_text, scene_tokenizer
+from sd_jax.train.data import Interrupted, never, replace_text
 from sd_jax.train.state import TrainState, init_state, learning_rate, make_optimizer, train_step
 from sd_jax.train.tasks import Task, make_task
 from sd_jax.train.trainable import merge, split
@@ -62,7 +62,7 @@ def run(config: TrainConfig | Recipe, workdir: str | Path, *, log: Log | None = 
     """
     from sd_jax.train.recipe import run_recipe  # which is made of runs
 
-    with _signals() as stop:
+    with signals() as stop:
         try:
             if isinstance(config, Recipe):
                 run_recipe(config, workdir, stop=stop, log=log)
@@ -93,7 +93,7 @@ def train(
     if (workdir / WEIGHTS).exists():
         return load_weights(workdir / WEIGHTS)
     mesh = _mesh(devices or jax.local_devices(), config.batch_size)
-    start, tokenizer = _read_start(config.init_from) if start is None else (start, scene_tokenizer())
+    start, tokenizer = _read_start(config.init_from) if start is None else (start, None)
     task = make_task(config, data_dir or workdir / "data", start, tokenizer, stop=stop, log=log)
     state, frozen = _loop(config, workdir, task, mesh, stop, log)
     params = jax.tree.map(np.asarray, merge(state.ema, frozen))
@@ -177,12 +177,12 @@ def _resume(
     return state, step
 
 
-def _read_start(init_from: str | None) -> tuple[Mapping[str, Params], Tokenizer]:
-    """Parameters by component, and the tokenizer that goes with them."""
+def _read_start(init_from: str | None) -> tuple[Mapping[str, Params], Tokenizer | None]:
+    """Parameters by component, and the tokenizer that goes with them; None is that of the scenes."""
     if init_from is None:
-        return {}, scene_tokenizer()
+        return {}, None
     if (file := Path(init_from) / WEIGHTS).exists():
-        return load_weights(file), scene_tokenizer()
+        return load_weights(file), None
     if (Path(init_from) / "config.json").exists() and (Path(init_from) / "checkpoints").exists():
         raise RequestError(f"the run in {init_from} is not finished; start from it when it has its {WEIGHTS}")
     source = open_source(init_from)
@@ -277,7 +277,7 @@ def _write_preview(path: Path, pictures: np.ndarray) -> None:
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[Callable[[], bool]]:
+def signals() -> Iterator[Callable[[], bool]]:
     """A function that tells whether SIGTERM or SIGINT has come; the second one does what it always does."""
     if threading.current_thread() is not threading.main_thread():  # the only one that may have handlers
         yield never

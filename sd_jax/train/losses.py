@@ -48,10 +48,10 @@ def diffusion_loss(
       batch without such timesteps reports 0.
     """
     batch = x0.shape[0]
-    key_t, key_high, key_eps = jax.random.split(key, 3)
-    uniform = jax.random.randint(key_t, (batch,), 0, noise.train_steps)
-    high = jax.random.randint(key_t, (batch,), options.high_from, noise.train_steps)
-    t = jnp.where(jax.random.bernoulli(key_high, options.high_share, (batch,)), high, uniform)
+    key_uniform, key_high, key_share, key_eps = jax.random.split(key, 4)
+    uniform = jax.random.randint(key_uniform, (batch,), 0, noise.train_steps)
+    high = jax.random.randint(key_high, (batch,), options.high_from, noise.train_steps)
+    t = jnp.where(jax.random.bernoulli(key_share, options.high_share, (batch,)), high, uniform)
 
     tables = schedule.alpha_sigma(noise)
     alpha, sigma = (jnp.asarray(a, jnp.float32)[t][:, None, None, None] for a in tables)

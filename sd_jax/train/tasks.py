@@ -45,12 +45,13 @@ def make_task(
     config: TrainConfig,
     folder: str | Path,
     start: Mapping[str, Params],
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None = None,
     *,
     stop: Callable[[], bool] = data.never,
     log: Callable[[str], None] | None = None,
 ) -> Task:
-    """The task that ``config`` names, on data kept in ``folder``. ``start`` has parameters by component: "clip", ...
+    """The task that ``config`` names, on data kept in ``folder``. ``start`` has parameters by component: "clip", ...;
+    ``tokenizer`` is the scenes' own by default.
 
     A component that is not in ``start`` is initialised, but for the autoencoder that encodes the pictures of "text" and
     "diffusion". Raises RequestError, and Interrupted if ``stop`` says so while data are made.
@@ -62,6 +63,7 @@ def make_task(
     images, captions = data.load_scenes(folder, config.data, config.model.default_size, stop=stop, log=log)
     if not encoded:
         return vae_task(config, sd, start, images)
+    tokenizer = tokenizer or data.scene_tokenizer()
     tokenizer.check(config.model.clip.vocab_size)
     tokens, empty = data.tokenize(tokenizer, captions)
     mean, std = data.load_posteriors(folder, sd, start["vae"], images, stop=stop, log=log)
