@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 
@@ -300,9 +302,6 @@ def test_a_file_without_config_takes_one_from_a_folder(compvis, folder, params):
 
 def test_flax_files(tmp_path, folder, params):
     """As diffusers-Flax wrote them: its names and axes, our values."""
-    import re
-    import shutil
-
     shutil.copytree(folder, tmp_path / "flax")
     words = {"scale": "scale", "embedding": "embedding", "kernel": "kernel", "bias": "bias"}
     for component, file in (("clip", "flax_model"), ("unet", "diffusion_flax_model"), ("vae", "diffusion_flax_model")):
@@ -324,8 +323,6 @@ def test_flax_files(tmp_path, folder, params):
 
 
 def test_non_ema_and_fp16_variants(tmp_path, folder, params):
-    import shutil
-
     shutil.copytree(folder, tmp_path / "v")
     unet = tmp_path / "v" / "unet"
     with pytest.raises(WeightsError, match="non_ema.safetensors"):
@@ -345,8 +342,6 @@ def test_non_ema_and_fp16_variants(tmp_path, folder, params):
 
 
 def test_sharded_weights(tmp_path, folder, params):
-    import shutil
-
     shutil.copytree(folder, tmp_path / "s")
     unet = tmp_path / "s" / "unet"
     arrays = list(safetensors.numpy.load_file(unet / "diffusion_pytorch_model.safetensors").items())
@@ -430,7 +425,7 @@ print(peak[0], source.report.ema)
 def test_a_whole_checkpoint_is_converted_in_little_memory(tmp_path):
     """From a float32 .ckpt of 4.3 GB: 500 MB of private memory are enough, the largest tensor being 152 MB.
 
-    25 seconds of one core, most of them for the two files of 4.3 and 2.1 GB.
+    About 35 seconds of one core, most of them for the two files of 4.3 and 2.1 GB.
     """
     torch = pytest.importorskip("torch")
     noise, tensors = torch.randn(64), {}

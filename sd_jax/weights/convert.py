@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -97,9 +98,8 @@ def write_diffusers(
     tokenizer.check(config.clip.vocab_size)
     parameters = to_parameters(config, params)
     jsons = to_diffusers(config)
-    with replacing(
-        folder, overwrite=overwrite, size=sum(4 * int(np.prod(p.shape)) for p in parameters.values()) // 2
-    ) as temporary:
+    least = 2 * sum(math.prod(p.shape) for p in parameters.values())  # bytes, in half floats
+    with replacing(folder, overwrite=overwrite, size=least) as temporary:
         temporary.mkdir()
         for component, name in FOLDERS.items():
             (temporary / name).mkdir()

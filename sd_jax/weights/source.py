@@ -106,9 +106,8 @@ def open_source(
         if config is not None or ema is not None:
             raise RequestError(f"{path} has its own config and one set of weights; leave config and ema out")
         return _open_native(path, tensors, metadata, tokenizer)
-    return _open_compvis(
-        path, tensors, Report(str(path), "compvis", None, None, ignored, foreign), ema, tokenizer, config
-    )
+    report = Report(str(path), "compvis", ignored=ignored, foreign=foreign)
+    return _open_compvis(path, tensors, report, ema, tokenizer, config)
 
 
 def _locate(source: str, revision: str | None, ema: bool | None) -> tuple[Path, str | None]:
@@ -145,7 +144,10 @@ def _fetch_model(repo: str, revision: str | None, ema: bool | None) -> tuple[Pat
     folder = hub.fetch(repo, [*small, *(f"{name}/config.json" for name in FOLDERS.values())], revision)
     commit = hub.commit(folder)
     for component, name in FOLDERS.items():
-        for file in _weight_files(component, ema):
+        files = _weight_files(component, ema)
+        if any((folder / name / file).exists() for file in files if not file.endswith(".index.json")):
+            continue  # the files of a commit do not change
+        for file in files:
             wanted = [f"{name}/{file}"]
             if file.endswith(".index.json"):
                 wanted.append(f"{name}/{file.removesuffix('.index.json').removesuffix('.safetensors')}-*.safetensors")
@@ -208,6 +210,7 @@ def _open_component(file: Path) -> tuple[Mapping[str, Tensor], list[str], list[s
                 f"{file} names {', '.join(missing) or 'no files'}, missing beside it; fetch the whole model"
             )
         for part in parts:
+            hub.verify(file.parent / part)
             tensors |= open_safetensors(file.parent / part)[0]
         return tensors, [], []
     hub.verify(file)
@@ -356,7 +359,7 @@ def _as_tokenizer(tokenizer: Tokenizer | str | Path) -> Tokenizer:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise WeightsError(f"{file} is not JSON ({e}); fetch it again") from None
     if not isinstance(value, dict):
         raise WeightsError(f"{file} holds a {type(value).__name__} where an object is expected; fetch it again")

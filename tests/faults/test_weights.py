@@ -1,5 +1,7 @@
 """Checkpoints that are not what they should be: rows F26 to F31 and F33 to F36 of the list of faults."""
 
+import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -15,7 +17,7 @@ import safetensors.numpy
 from sd_jax.config import NANO
 from sd_jax.tokenizer import Tokenizer
 from sd_jax.types import RequestError, WeightsError
-from sd_jax.weights import hub
+from sd_jax.weights import hub, source
 from sd_jax.weights.convert import write_compvis, write_diffusers, write_native
 from sd_jax.weights.other_models import recognise
 from sd_jax.weights.safetensors_file import open_safetensors, write_safetensors
@@ -226,16 +228,12 @@ def test_other_models_as_folders(folder):
 
 def test_the_inpainting_model_is_read(tmp_path):
     """Nine input channels: the config comes from the file's shape."""
-    import dataclasses
-
-    from sd_jax.weights import source as module
-
     config = dataclasses.replace(NANO, unet=dataclasses.replace(NANO.unet, in_channels=9))
     shapes = parameter_shapes(config)
     zeros = {f"{c}/{path}": np.zeros(s, np.float32) for c in shapes for path, s in shapes[c].items()}
     write_compvis(tmp_path / "a.safetensors", config, zeros)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "SD_V1_4", NANO)
+        patch.setattr(source, "SD_V1_4", NANO)
         assert open_source(tmp_path / "a.safetensors", tokenizer=TOKENIZER).config == config
 
 
@@ -287,8 +285,6 @@ def test_no_safetensors_at_all(tmp_path):
 @pytest.fixture
 def cache(tmp_path, monkeypatch, written):
     """A hub cache that holds the model at one commit, its large files as blobs named by their SHA-256."""
-    import hashlib
-
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
