@@ -85,7 +85,8 @@ def test_softmax_is_float32_in_bfloat16():
 # ---- choose ----------------------------------------------------------------------------------------------------------
 
 HALF = (jnp.bfloat16, jnp.float16)
-# (queries, keys, head_dim) of every kind of site at 512x512: expected on cpu; gpu float32, gpu half; tpu, any dtype.
+AMPERE, HOPPER = 8.0, 9.0
+# (queries, keys, head_dim) of every kind of site at 512x512: expected on cpu; gpu float32, Ampere half; tpu, any dtype.
 SITES = {
     "level 0 self": ((4096, 4096, 40), ("chunked", "xla", "cudnn", "xla")),
     "level 0 cross": ((4096, 77, 40), ("explicit", "xla", "cudnn", "xla")),
@@ -105,13 +106,16 @@ def test_choice_for_every_site_of_v1_4(site):
     go = partial(choose, queries=queries, keys=keys, head_dim=head_dim, edited=False, masked=False)
     for dtype in (jnp.float32, *HALF):
         assert go(backend="cpu", dtype=dtype) == cpu
-        assert go(backend="gpu", dtype=dtype) == (gpu_half if dtype in HALF else gpu)
+        assert go(backend="gpu", dtype=dtype, capability=AMPERE) == (gpu_half if dtype in HALF else gpu)
+        assert go(backend="gpu", dtype=dtype) == go(backend="gpu", dtype=dtype, capability=7.5) == gpu  # ROCm; Turing
+        if head_dim <= 160 and dtype in HALF:
+            assert go(backend="gpu", dtype=dtype, capability=HOPPER) == "cudnn"
         assert go(backend="tpu", dtype=dtype) == tpu
 
 
 @pytest.mark.parametrize("backend", ["cpu", "gpu", "tpu"])
 def test_edited_and_masked_layers_show_their_probabilities(backend):
-    go = partial(choose, backend=backend, dtype=jnp.bfloat16, head_dim=40, queries=4096, keys=4096)
+    go = partial(choose, backend=backend, dtype=jnp.bfloat16, head_dim=40, queries=4096, keys=4096, capability=HOPPER)
     assert go(edited=True, masked=False) == go(edited=False, masked=True) == "explicit"
 
 

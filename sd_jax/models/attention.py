@@ -19,20 +19,38 @@ _CHUNK = 512  # queries at a time; one head's chunk of scores then stays in a co
 
 
 def choose(
-    *, backend: str, dtype: jnp.dtype, head_dim: int, queries: int, keys: int, edited: bool, masked: bool
+    *,
+    backend: str,
+    dtype: jnp.dtype,
+    head_dim: int,
+    queries: int,
+    keys: int,
+    edited: bool,
+    masked: bool,
+    capability: float = 0.0,
 ) -> str:
-    """The way ``attend`` goes for one layer: "explicit", "chunked", "cudnn" or "xla". Pure, so that it can be
-    tested.
+    """The way ``attend`` goes for one layer: "explicit", "chunked", "cudnn" or "xla". Pure, so that it can be tested.
+
+    ``capability`` is an NVIDIA GPU's compute capability, 0 for any other device. cuDNN's kernel needs Ampere, and
+    Hopper for heads wider than 128; where its rules are not met it raises, so they are asked first.
     """
     if edited or masked:
         return "explicit"
     half = jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
-    if backend == "gpu" and half and head_dim % 8 == 0 and head_dim <= 128:
+    if half and capability >= 8.0 and head_dim % 8 == 0 and head_dim <= (256 if capability >= 9.0 else 128):
         return "cudnn"
     if queries * keys < 1024 * 1024:
         return "explicit" if backend == "cpu" else "xla"
     # Larger: the scores must not be held at once. Heads wider than flash kernels take (the VAE's 512) land here too.
     return "chunked" if backend == "cpu" or head_dim > 256 else "xla"
+
+
+def _capability() -> float:
+    """Of the first device: 0 unless it is an NVIDIA GPU (a ROCm one names an architecture there instead)."""
+    try:
+        return float(jax.local_devices()[0].compute_capability)
+    except (AttributeError, ValueError):
+        return 0.0
 
 
 def attend(q: Array, k: Array, v: Array, *, mask: Array | None = None, how: str | None = None) -> Array:
@@ -48,6 +66,7 @@ def attend(q: Array, k: Array, v: Array, *, mask: Array | None = None, how: str 
             keys=k.shape[1],
             edited=False,
             masked=mask is not None,
+            capability=_capability(),
         )
     if how == "explicit":
         return mix(probabilities(q, k, mask), v)
