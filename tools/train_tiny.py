@@ -30,9 +30,10 @@ LIMIT = 24_000_000  # bytes of the whole folder
 README = """\
 # The embedded model of sd_jax
 
-A small Stable Diffusion ({parameters:.1f} million parameters, float16) in the diffusers folder layout: the architecture of
-v1-4 (CLIP text tower, UNet with cross-attention, KL autoencoder at 1/{factor}) at toy width, for pictures of {size}x{size}
-pixels. It knows coloured solids in spatial relations, "a red cube on top of a blue sphere", and nothing else.
+A small Stable Diffusion ({parameters:.1f} million parameters, float16) in the diffusers folder layout. It has the
+architecture of v1-4 (CLIP text tower, UNet with cross-attention, KL autoencoder at 1/{factor}) at toy width, for
+pictures of {size}x{size} pixels. It knows coloured solids in spatial relations, "a red cube on top of a blue sphere",
+and nothing else.
 
 It was trained from nothing by `tools/train_tiny.py` on pictures and captions that the project renders itself
 (`sd_jax/train/scenes.py`): no picture, text or weight of anybody else went into it.

@@ -163,6 +163,7 @@ def _fit(kind: Any, value: Any, text: str) -> Any:
         fits = (_fit(member, value, text) for member in reversed(typing.get_args(kind)))
         return next((fit for fit in fits if fit is not _MISFIT), _MISFIT)
     if typing.get_origin(kind) is tuple:
+        value = tuple(text.split(",")) if isinstance(value, str) else value
         values = value if isinstance(value, tuple | list) else (value,)
         fits = tuple(_fit(typing.get_args(kind)[0], v, str(v)) for v in values)
         return _MISFIT if any(fit is _MISFIT for fit in fits) else fits

@@ -13,6 +13,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,10 @@ def _mapper(workers: int) -> Iterator[Callable]:
     if workers == 1:
         yield lambda f, jobs: (f(*job) for job in jobs)
         return
-    pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    # Ctrl-C goes to every process of the terminal, and is for the one that finishes what is begun.
+    ignore = (signal.SIGINT, signal.SIG_IGN)
+    context = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, signal.signal, ignore)
     try:
         yield lambda f, jobs: pool.map(f, *zip(*jobs, strict=True))
     finally:

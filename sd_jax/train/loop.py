@@ -7,7 +7,7 @@ The folder of a run holds::
     metrics.jsonl        a line every ``log_every`` steps, and one for each skipped step
     previews/            pictures
     data/                rendered scenes, encoded pictures
-    weights.safetensors  the averaged parameters, once it is finished
+    weights.safetensors  the averaged parameters, once it is finished; of "diffusion" a model that sd_jax.load opens
 
 Starting the same configuration in the same folder again goes on from the newest checkpoint, with the very numbers an
 undisturbed run would have had: every draw and every batch is a function of the seed and the step.
@@ -40,8 +40,9 @@ from sd_jax.train.tasks import Task, make_task
 from sd_jax.train.trainable import merge, split
 from sd_jax.types import Params, RequestError
 from sd_jax.weights import checkpoint
+from sd_jax.weights.convert import write_native
 from sd_jax.weights.safetensors_file import open_safetensors, write_safetensors
-from sd_jax.weights.source import open_source
+from sd_jax.weights.source import NATIVE, open_source
 
 INTERRUPTED = 75  # exit status (EX_TEMPFAIL): run the same command again
 WEIGHTS = "weights.safetensors"
@@ -83,7 +84,7 @@ def train(
     stop: Callable[[], bool] = never,
     log: Log | None = None,
 ) -> Params:
-    """One run, on all local devices -> its averaged parameters, NumPy arrays.
+    """One run, on all local devices -> its averaged parameters by component, NumPy arrays.
 
     ``start`` has parameters by component to start from, in place of ``config.init_from``; ``data_dir`` is for data that
     runs share. Where ``stop`` says so the step is saved and Interrupted raised.
@@ -96,8 +97,8 @@ def train(
     start, tokenizer = _read_start(config.init_from) if start is None else (start, None)
     task = make_task(config, data_dir or workdir / "data", start, tokenizer, stop=stop, log=log)
     state, frozen = _loop(config, workdir, task, mesh, stop, log)
-    params = jax.tree.map(np.asarray, merge(state.ema, frozen))
-    _write_weights(workdir / WEIGHTS, params)
+    params = jax.tree.map(np.asarray, {**merge(state.ema, frozen), **task.others})
+    _write_weights(workdir / WEIGHTS, config, params, task.tokenizer)
     return params
 
 
@@ -182,8 +183,10 @@ def _read_start(init_from: str | None) -> tuple[Mapping[str, Params], Tokenizer 
     if init_from is None:
         return {}, None
     if (file := Path(init_from) / WEIGHTS).exists():
-        return load_weights(file), None
-    if (Path(init_from) / "config.json").exists() and (Path(init_from) / "checkpoints").exists():
+        if open_safetensors(file)[1].get("format") != NATIVE:
+            return load_weights(file), None
+        init_from = str(file)
+    elif (Path(init_from) / "config.json").exists() and (Path(init_from) / "checkpoints").exists():
         raise RequestError(f"the run in {init_from} is not finished; start from it when it has its {WEIGHTS}")
     source = open_source(init_from)
     return source.params("float32"), source.tokenizer
@@ -195,7 +198,10 @@ def load_weights(path: Path) -> Params:
     return flax.traverse_util.unflatten_dict({name: np.array(t.read()) for name, t in tensors.items()}, sep="/")
 
 
-def _write_weights(path: Path, params: Params) -> None:
+def _write_weights(path: Path, config: TrainConfig, params: Params, tokenizer: Tokenizer | None) -> None:
+    if tokenizer is not None:
+        write_native(path, config.model, params, tokenizer, overwrite=True)
+        return
     flat = flax.traverse_util.flatten_dict(params, sep="/")
     entries = [(name, array.shape, array.dtype, lambda array=array: array) for name, array in flat.items()]
     write_safetensors(path, entries, {"format": "sd_jax run"}, overwrite=True)

@@ -39,6 +39,9 @@ class Task:
     loss: Loss
     examples: Examples
     preview: Callable[[Params], np.ndarray] | None = None  # params -> uint8 [N,H,W,3]
+    # What else belongs to the model that is learnt, where it is a whole one: further components, and the tokenizer.
+    others: Mapping[str, Params] = dataclasses.field(default_factory=dict)
+    tokenizer: Tokenizer | None = None
 
 
 def make_task(
@@ -158,7 +161,8 @@ def diffusion_task(
         "unet": _take(start, "unet", init, config.seed + 1),
     }
     examples = Examples(arrays, config.batch_size, config.seed, config.caption_dropout, empty)
-    return Task(params, loss, examples, _sampling(sd, start["vae"], tokenizer))
+    vae = start["vae"]
+    return Task(params, loss, examples, _sampling(sd, vae, tokenizer), {"vae": vae}, tokenizer)
 
 
 def zero_outputs(unet: Params) -> Params:
