@@ -149,6 +149,14 @@ def test_rendering_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
     np.testing.assert_array_equal(data.load_scenes(tmp_path, spec, 8)[0], images)
 
 
+def test_processes_that_render_make_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "CHUNK", 3)
+    images, texts = data.load_scenes(tmp_path, DataConfig(scenes=5, seed=6, workers=2), 8)
+    expected = scenes.dataset(5, 6, size=8)
+    np.testing.assert_array_equal(images, expected[0])
+    assert texts == expected[1]
+
+
 def test_encoding_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "CHUNK", 4)
     sd = pipeline.SD(dataclasses.replace(SDConfig(), vae=VAEConfig(latent_channels=1, widths=(4, 4))))
@@ -233,6 +241,14 @@ def test_frozen_parameters_stay_as_they_are(tmp_path, monkeypatch):
     weights = loop.train(toy_training.config(trainable=("net/b",)), tmp_path, start=start, devices=jax.devices()[:1])
     np.testing.assert_array_equal(weights["net"]["w"], start["net"]["w"])
     assert weights["net"]["b"] != 0
+
+
+def test_a_refused_run_leaves_its_folder_free(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "make_task", toy_training.make_task)
+    with pytest.raises(RequestError, match="matches no parameter"):
+        loop.train(toy_training.config(trainable=("nte/",)), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    loop.train(toy_training.config(steps=1, trainable=("net/",)), tmp_path)
 
 
 @pytest.mark.parametrize("task", ["vae", "text", "diffusion"])

@@ -88,7 +88,7 @@ FREE = ("data.workers", "log_every", "save_every", "keep", "preview_every", "max
 class Recipe:
     """A whole model from nothing: four runs, each from where the ones before ended (``train.recipe``).
 
-    ``model`` and ``data`` are those of all runs, whose own are not read.
+    ``model`` and ``data`` are those of all runs, whose own are not read. The last one leaves the whole model.
     """
 
     model: SDConfig

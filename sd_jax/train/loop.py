@@ -22,6 +22,7 @@ import math
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -90,24 +91,35 @@ def train(
     runs share. Where ``stop`` says so the step is saved and Interrupted raised.
     """
     workdir = Path(workdir)
-    _claim(workdir, config)
+    workdir.mkdir(parents=True, exist_ok=True)
+    _check_folder(workdir, config)
     if (workdir / WEIGHTS).exists():
         return load_weights(workdir / WEIGHTS)
     mesh = _mesh(devices or jax.local_devices(), config.batch_size)
     start, tokenizer = _read_start(config.init_from) if start is None else (start, None)
     task = make_task(config, data_dir or workdir / "data", start, tokenizer, stop=stop, log=log)
-    state, frozen = _loop(config, workdir, task, mesh, stop, log)
+    trainable, frozen = split(task.params, config.trainable)
+    # Only now that nothing is left to be refused: the folder is this configuration's from here on.
+    replace_text(workdir / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    state = _loop(config, workdir, task, trainable, frozen, mesh, stop, log)
     params = jax.tree.map(np.asarray, {**merge(state.ema, frozen), **task.others})
     _write_weights(workdir / WEIGHTS, config, params, task.tokenizer)
     return params
 
 
 def _loop(
-    config: TrainConfig, workdir: Path, task: Task, mesh: jax.sharding.Mesh, stop: Callable[[], bool], log: Log | None
-) -> tuple[TrainState, Params]:
-    """-> the state after the last step, and the parameters that are not in it."""
+    config: TrainConfig,
+    workdir: Path,
+    task: Task,
+    trainable: Params,
+    frozen: Params,
+    mesh: jax.sharding.Mesh,
+    stop: Callable[[], bool],
+    log: Log | None,
+) -> TrainState:
+    """-> the state after the last step."""
     everywhere, shared = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
-    trainable, frozen = jax.device_put(split(task.params, config.trainable), everywhere)
+    trainable, frozen = jax.device_put((trainable, frozen), everywhere)
     optimizer = make_optimizer(config.optimizer, config.steps)
     init = jax.jit(lambda params: init_state(params, optimizer), out_shardings=everywhere)
     saved = workdir / "checkpoints"
@@ -141,26 +153,23 @@ def _loop(
             save(done + 1)
         if task.preview is not None and config.preview_every and (done + 1) % config.preview_every == 0:
             _write_preview(workdir / "previews" / f"{done + 1:08d}.png", task.preview(merge(state.ema, frozen)))
-    return state, frozen
+    return state
 
 
 # ---- starting and resuming -----------------------------------------------------------------------------------------
 
 
-def _claim(workdir: Path, config: TrainConfig) -> None:
-    """Make the folder this configuration's, or check that it is."""
+def _check_folder(workdir: Path, config: TrainConfig) -> None:
+    """Raises RequestError if the folder is another run's."""
     path = workdir / "config.json"
-    workdir.mkdir(parents=True, exist_ok=True)
     if path.exists():
         if different := differences(json.loads(path.read_text()), config):
             raise RequestError(
                 f"{workdir} holds a run of another configuration: {'; '.join(different)}; "
                 "resume it with its own, or use another folder (and init_from, to start from its weights)"
             )
-        return
-    if (workdir / "checkpoints").exists():
+    elif (workdir / "checkpoints").exists():
         raise RequestError(f"{workdir} has checkpoints and no config.json to say of what; use another folder")
-    replace_text(path, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
 
 
 def _resume(
@@ -168,6 +177,8 @@ def _resume(
 ) -> tuple[TrainState, int]:
     """-> (the state to go on from, the steps that are done)."""
     if checkpoint.latest(folder) is None:
+        if folder.exists() and any(folder.iterdir()):
+            warnings.warn(f"no checkpoint in {folder} was ever finished; starting at step 0", stacklevel=2)
         return init(trainable), 0
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), jax.eval_shape(init, trainable)

@@ -91,7 +91,7 @@ def train_step(
     """
     key = jax.random.fold_in(key, state.step)
     (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params, batch, key)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     good = jnp.isfinite(value) & jnp.isfinite(norm)
 
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -87,6 +87,18 @@ def test_f41_killed_without_warning(tmp_path):
     assert curve(tmp_path / "cut") == curve(tmp_path / "calm")
 
 
+def test_f41_killed_in_its_first_save(tmp_path):
+    """There is nothing to resume, which is said."""
+    config = toy_training.config(steps=2)
+    train(config, tmp_path / "calm")
+    with pytest.raises(Interrupted):
+        train(config, tmp_path / "cut", stop=at_step(1, lambda: True))
+    (tmp_path / "cut" / "checkpoints" / "00000001" / "SHA256SUMS").unlink()
+    with pytest.warns(UserWarning, match="no checkpoint in .* was ever finished; starting at step 0"):
+        train(config, tmp_path / "cut")
+    assert curve(tmp_path / "cut") == curve(tmp_path / "calm")
+
+
 def test_f42_resumed_on_another_number_of_devices(tmp_path):
     config = toy_training.config()
     with pytest.raises(Interrupted):
