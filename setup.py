@@ -18,11 +18,11 @@ setup(
     description="Stable Diffusion v1-4 in JAX/Flax for TPUs and GPUs: numerically the reference, open to experiments",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["sd_jax", "sd_jax.*"]),
-    package_data={"sd_jax": ["tiny/**/*", "tiny/*"]},
+    package_data={"sd_jax": ["tiny/**/*"]},
     install_requires=[
         "jax>=0.10,<0.12",
         "flax>=0.12.5",
