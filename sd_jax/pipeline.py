@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import einops
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -301,7 +300,7 @@ class Options:
     progress: Callable[[int, int], None] | None = None  # told (evaluations done, evaluations in all) as work goes on
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Pipeline:
     """A model with its parameters and tokenizer. Methods check the request, encode it, and call the pure functions.
 
@@ -393,18 +392,19 @@ class Pipeline:
         """Check the request, make every argument an array with a row per image, and run the jitted ``name``."""
         plan = make_plan(self.sd.config.noise, o.steps, o.sampler, o.spacing, o.eta, strength)
         pictures = pictures or {}
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not prompts:
-            raise RequestError("there is no prompt; give at least one text, '' for an unconditional picture")
-        b = max(len(prompts), len(o.seeds or ()), *(len(values) for values in pictures.values()), 1)
+        prompts = checks.listed(prompts, "prompts")
+        seeds = [None] if o.seeds is None else checks.listed(o.seeds, "seeds")
+        b = max(len(prompts), len(seeds), *(len(values) for values in pictures.values()), 1)
         rows: dict[str, Any] = {name: checks.stack(values, b, name) for name, values in pictures.items()}
         if "images" in rows:
             rows["images"] = im.from_uint8(rows["images"])
         if o.latents is not None:
-            rows["latents"] = checks.as_latents(o.latents, b, self.sd.config.vae.latent_channels)
+            size = rows["images"].shape[1:3] if "images" in rows else None
+            vae = self.sd.config.vae
+            rows["latents"] = checks.as_latents(o.latents, b, vae.factor, vae.latent_channels, size)
         if "size" in static:
             static["size"] = self._size(*static["size"], rows.get("latents"))
-        seeds = [o.seed + i for i in range(b)] if o.seeds is None else checks.spread(list(o.seeds), b, "seeds")
+        seeds = [o.seed + i for i in range(b)] if o.seeds is None else checks.spread(seeds, b, "seeds")
         rows["seeds"] = draws.seed_words(seeds)
         rows["guidance"] = checks.numbers(o.guidance, b, "guidance", -math.inf, math.inf)
         rescale = checks.numbers(o.rescale, b, "rescale", 0.0, 1.0)
@@ -435,17 +435,23 @@ class Pipeline:
         self, prompts: list[str], negative: str | Sequence[str], b: int, guided: bool, long_prompt: str
     ) -> np.ndarray:
         """Tokens [b, 2, n, 77] of (negative, prompt), or [b, 1, n, 77] without guidance."""
-        sides = [checks.spread(prompts, b, "prompts")]
+        sides = {"prompts": prompts}
         if guided:
-            negative = [negative] if isinstance(negative, str) else list(negative)
-            sides.insert(0, checks.spread(negative, b, "negative prompts"))
-        texts = [side[i] for i in range(b) for side in sides]
-        return einops.rearrange(self._tokens(texts, long_prompt), "(b p) n l -> b p n l", b=b)
+            sides = {"negative prompts": checks.listed(negative, "negative prompts"), **sides}
+        tokens = [checks.stack(self._tokens(texts, long_prompt, name), b, name) for name, texts in sides.items()]
+        n = max(side.shape[1] for side in tokens)
+        empty = self.tokenizer.encode("").tokens  # [1, 1, 77], the chunks that the shorter side is filled up with
+        filled = (np.concatenate([side, np.tile(empty, (b, n - side.shape[1], 1))], axis=1) for side in tokens)
+        return np.stack(list(filled), axis=1)
 
-    def _tokens(self, prompts: str | Sequence[str], long_prompt: str) -> np.ndarray:
-        encoding = self.tokenizer.encode(prompts, long_prompt=long_prompt)
+    def _tokens(self, prompts: str | Sequence[str], long_prompt: str, name: str = "prompts") -> np.ndarray:
+        prefix = name.removesuffix("prompts")  # the tokenizer's sentences begin with the word prompt
+        try:
+            encoding = self.tokenizer.encode(prompts, long_prompt=long_prompt)
+        except RequestError as error:
+            raise RequestError(f"{prefix}{error}") from error
         for sentence in encoding.warnings():
-            warnings.warn(sentence, stacklevel=4)
+            warnings.warn(prefix + sentence, stacklevel=5)
         return encoding.tokens
 
     def _size(self, height: int | None, width: int | None, latents: np.ndarray | None) -> tuple[int, int]:
