@@ -221,7 +221,7 @@ def test_a_run_from_beginning_to_end(tmp_path, monkeypatch):
     told = []
     config = toy_training.config(steps=40, log_every=10, save_every=15, keep=2, preview_every=20)
     assert loop.run(config, tmp_path, log=told.append) == 0
-    assert len(told) == 4 and "40/40" in told[-1] and "images/s" in told[-1] and "00:00:00 left" in told[-1]
+    assert len(told) == 4 and "40/40" in told[-1] and "images/s" in told[-1] and " 0:00:00 left" in told[-1]
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [10, 20, 30, 40]
     assert lines[-1]["loss"] < lines[0]["loss"]

@@ -168,7 +168,8 @@ def load_posteriors(
             padded = np.concatenate([part, np.zeros((batch_size - len(part), *part.shape[1:]), part.dtype)])
             for array, values in zip((mean, std), encode(vae, padded), strict=True):
                 array[start : start + len(part)] = values[: len(part)]
-        mean.flush(), std.flush()
+        mean.flush()
+        std.flush()
         done = last
         replace_text(count, json.dumps(done))
         if log is not None:

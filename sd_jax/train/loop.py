@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import json
 import math
 import signal
@@ -278,7 +279,7 @@ class Recorder:
         values |= {"learning_rate": float(self._rate(step - 1)), "images_per_second": round(images, 2)}
         self._write({"step": step, **{name: v if math.isfinite(v) else None for name, v in values.items()}})
         if self._log is not None:
-            left = time.strftime("%H:%M:%S", time.gmtime((config.steps - step) / rate))
+            left = datetime.timedelta(seconds=round((config.steps - step) / rate))
             self._log(
                 f"{config.task} {step}/{config.steps}  loss {values['loss']:.4f}  {images:.1f} images/s  {left} left"
             )
@@ -301,14 +302,16 @@ def signals() -> Iterator[Callable[[], bool]]:
         return
     came = []
 
-    def handle(number: int, frame: Any) -> None:
-        came.append(number)
+    def restore() -> None:
         for number, handler in usual.items():
             signal.signal(number, handler)
+
+    def handle(number: int, frame: Any) -> None:
+        came.append(number)
+        restore()
 
     usual = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield lambda: bool(came)
     finally:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
+        restore()
