@@ -8,6 +8,8 @@ embeddings, ...): those are refused by name, never ignored.
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any
 
 from sd_jax.types import RequestError
@@ -161,6 +163,9 @@ _NOISE_FIXED = {
     "clip_sample": (False,),
     "thresholding": (False,),
     "rescale_betas_zero_snr": (False,),
+    "use_beta_sigmas": (False,),
+    "use_flow_sigmas": (False,),
+    "use_lu_lambdas": (False,),
 }
 _DOWN_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
 
@@ -175,14 +180,53 @@ def from_diffusers(
     """The parsed JSON files of a diffusers folder (the tower's is transformers') -> SDConfig; what is None is v1-4's.
 
     Raises:
-      RequestError: names every setting that v1 does not have, at once.
+      RequestError: names every setting of a file that v1 does not have, at once; or a value that makes no network.
     """
     return SDConfig(
-        clip=SD_V1_4.clip if text_encoder is None else _clip_from(text_encoder),
-        unet=SD_V1_4.unet if unet is None else _unet_from(unet),
-        vae=SD_V1_4.vae if vae is None else _vae_from(vae),
-        noise=SD_V1_4.noise if scheduler is None else _noise_from(scheduler),
+        clip=_component("text_encoder", text_encoder, _clip_from, SD_V1_4.clip),
+        unet=_component("unet", unet, _unet_from, SD_V1_4.unet),
+        vae=_component("vae", vae, _vae_from, SD_V1_4.vae),
+        noise=_component("scheduler", scheduler, _noise_from, SD_V1_4.noise),
     )
+
+
+def _component(part: str, j: dict[str, Any] | None, read: Callable[[dict[str, Any]], Any], default: Any) -> Any:
+    """``read(j)``, ``default`` where there is no JSON; checked, for JSON may hold anything under any name."""
+    if j is None:
+        return default
+    try:
+        config = read(j)
+    except (AttributeError, TypeError) as error:
+        raise RequestError(f"{part}: its JSON is not laid out as a v1 model's ({error}); fetch it again") from error
+    fields = {field.name: (getattr(config, field.name), field.default) for field in dataclasses.fields(config)}
+    wrong = [f"{name} {value!r}" for name, (value, usual) in fields.items() if not _is_like(value, usual)]
+    if not wrong:
+        wrong = _misfits(config)
+    if wrong:
+        raise RequestError(f"{part}: {', '.join(wrong)} cannot be; fetch its JSON again, or mend it")
+    return config
+
+
+def _is_like(value: Any, usual: Any) -> bool:
+    """Whether ``value`` is of the kind of ``usual``, and numbers are not negative."""
+    if isinstance(usual, tuple):
+        return isinstance(value, tuple) and value != () and all(_is_like(v, usual[0]) for v in value)
+    if isinstance(usual, bool) or isinstance(value, bool):
+        return type(value) is type(usual)
+    if isinstance(usual, int | float):
+        return isinstance(value, int if isinstance(usual, int) else int | float) and 0 <= value < math.inf
+    return isinstance(value, str) or value is usual is None
+
+
+def _misfits(config: Any) -> list[str]:
+    """Numbers that do not divide as the layers need them to."""
+    widths = getattr(config, "widths", (getattr(config, "width", 0),))
+    heads, groups = getattr(config, "heads", 1), getattr(config, "groups", 1)
+    heads = heads if isinstance(heads, tuple) else (heads,) * len(widths)
+    if len(heads) != len(widths):
+        return [f"{len(heads)} numbers of heads for {len(widths)} widths"]
+    wrong = [f"width {w} in {n} heads" for w, n in zip(widths, heads, strict=True) if n == 0 or w % n]
+    return wrong + [f"width {w} in {groups} groups" for w in widths if groups == 0 or w % groups]
 
 
 def _clip_from(j: dict[str, Any]) -> CLIPConfig:

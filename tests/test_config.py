@@ -132,6 +132,7 @@ def test_round_trip(config):
         ("vae", {"use_quant_conv": False}),
         ("vae", {"shift_factor": 0.1}),
         ("scheduler", {"rescale_betas_zero_snr": True}),
+        ("scheduler", {"use_beta_sigmas": True}),
         ("scheduler", {"prediction_type": "sample"}),
         ("scheduler", {"beta_schedule": "squaredcos_cap_v2"}),
         ("scheduler", {"_class_name": "FlowMatchEulerDiscreteScheduler"}),
@@ -149,6 +150,30 @@ def test_what_v1_does_not_have_is_refused_by_name(part, setting):
 def test_all_that_is_refused_is_named_at_once():
     with pytest.raises(RequestError, match="freq_shift.*use_linear_projection"):
         from_diffusers(unet=V1_4["unet"] | {"use_linear_projection": True, "freq_shift": 1})
+
+
+@pytest.mark.parametrize(
+    "part, setting, named",
+    [
+        ("unet", {"block_out_channels": 320}, "not laid out"),
+        ("unet", {"down_block_types": None}, "not laid out"),
+        ("unet", {"sample_size": [64, 64]}, r"sample_size \[64, 64\]"),
+        ("unet", {"norm_eps": "1e-5", "layers_per_block": -2}, "layers -2, eps '1e-5'"),
+        ("unet", {"attention_head_dim": [8, 8]}, "2 numbers of heads for 4 widths"),
+        ("unet", {"attention_head_dim": 7}, "width 320 in 7 heads"),
+        ("unet", {"norm_num_groups": 0}, "width 320 in 0 groups"),
+        ("vae", {"norm_num_groups": 48}, "width 128 in 48 groups"),
+        ("vae", {"scaling_factor": float("nan")}, "scale nan"),
+        ("text_encoder", {"num_attention_heads": 7}, "width 768 in 7 heads"),
+        ("text_encoder", {"text_config": []}, "not laid out"),
+        ("scheduler", {"num_train_timesteps": 1000.5}, "train_steps 1000.5"),
+        ("scheduler", {"timestep_spacing": 3}, "spacing 3"),
+        ("scheduler", {"_class_name": []}, "not laid out"),
+    ],
+)
+def test_values_that_make_no_network_are_named(part, setting, named):
+    with pytest.raises(RequestError, match=f"{part}: .*{named}"):
+        from_diffusers(**{part: V1_4[part] | setting})
 
 
 @pytest.mark.parametrize(
