@@ -156,9 +156,19 @@ def test_unknown_spacing_and_start():
 def test_strength():
     """diffusers' ``get_timesteps``: min(int(n * strength), n) steps are run."""
     assert [start_at(50, s) for s in (1.0, 0.8, 0.5, 0.02)] == [0, 10, 25, 49]
-    for strength in (0, -0.1, 1.01, float("nan"), 0.01):
+    for strength in (0, -0.1, 1.01, float("nan"), 0.01, "0.5", None):
         with pytest.raises(RequestError, match="strength"):
             start_at(50, strength)
+    for n in (0, -3, 2.5, "20", None):
+        with pytest.raises(RequestError, match="steps .* whole number from 1 up"):
+            start_at(n, 0.8)
+
+
+def test_the_least_strength_that_is_advised_runs_a_step():
+    for n in range(2, 1001):
+        with pytest.raises(RequestError, match="give at least") as refusal:
+            start_at(n, 0.9 / n)
+        assert start_at(n, float(str(refusal.value).split()[-1])) == n - 1
 
 
 def test_reverse():

@@ -8,6 +8,8 @@ Everything up to the returned arrays is float64 numpy on the host.
 from __future__ import annotations
 
 import dataclasses
+import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -164,12 +166,17 @@ def time_grid(
 def start_at(n: int, strength: float) -> int:
     """The step at which image-to-image enters a grid of ``n`` steps: ``n - int(n * strength)``, as in diffusers.
 
-    Raises RequestError unless 0 < strength <= 1 and at least one step is left to run.
+    Raises RequestError unless 0 < strength <= 1 and at least one step is left to run. ``n`` is not
+    checked at strength 1, which runs them all.
     """
-    if not 0 < strength <= 1:
-        raise RequestError(f"strength {strength} is out of range; give more than 0 and at most 1")
+    if strength == 1:
+        return 0  # the whole grid, whose limits ``time_grid`` knows
+    _require_whole("steps", n, 1)
+    if not isinstance(strength, numbers.Real) or not 0 < strength <= 1:
+        raise RequestError(f"strength {strength!r} is out of range; give a number above 0 and at most 1")
     if int(n * strength) < 1:
-        raise RequestError(f"strength {strength} leaves none of the {n} steps to run; give at least {1 / n:.3g}")
+        enough = math.ceil(1e4 / n) / 1e4  # rounded up, or the advice would fail too
+        raise RequestError(f"strength {strength} leaves none of the {n} steps to run; give at least {enough:g}")
     return n - int(n * strength)
 
 
@@ -254,6 +261,8 @@ def _fits(noise: NoiseConfig, n: int, grid: Grid, spacing: str) -> bool:
     return bool(0 <= t.min() and t.max() < noise.train_steps and np.all(np.diff(k[:n]) < 0))
 
 
-def _require_whole(name: str, value: Any, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
-        raise RequestError(f"{name} {value!r} is out of range; give a whole number from {low} to {high}")
+def _require_whole(name: str, value: Any, low: int, high: int | None = None) -> None:
+    limit = math.inf if high is None else high
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= limit:
+        upward = "up" if high is None else f"to {high}"
+        raise RequestError(f"{name} {value!r} is out of range; give a whole number from {low} {upward}")
