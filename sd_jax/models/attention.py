@@ -41,7 +41,8 @@ def choose(
         return "cudnn"
     if queries * keys < 1024 * 1024:
         return "explicit" if backend == "cpu" else "xla"
-    # Larger: the scores must not be held at once. Heads wider than flash kernels take (the VAE's 512) land here too.
+    # Larger: "chunked" bounds the memory, on a CPU and for heads wider than any flash kernel takes (the VAE's 512).
+    # "xla" is faster elsewhere, but holds all the scores of a layer at once.
     return "chunked" if backend == "cpu" or head_dim > 256 else "xla"
 
 
