@@ -216,7 +216,10 @@ def cache_at(folder: str) -> Iterator[None]:
 
 
 def first_picture(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Wall seconds of ``python -m sd_jax txt2img`` from start to end: with an empty compilation cache, then again."""
+    """Wall seconds of ``python -m sd_jax txt2img`` from start to end: with an empty compilation cache, then again.
+
+    The peak memory of the second is that of the larger of the two.
+    """
     if args.model == "v1-4-random":
         raise RequestError("--what first runs the command line, which has no model v1-4-random; give one on disk")
     results = []
