@@ -62,6 +62,7 @@ def _obey(args: argparse.Namespace) -> int:
 def _generate(args: argparse.Namespace) -> int:
     """txt2img, img2img and inpaint."""
     from sd_jax import checks
+    from sd_jax.diffusion.draws import seed_words
     from sd_jax.pipeline import Options
     from sd_jax.types import RequestError
 
@@ -69,13 +70,15 @@ def _generate(args: argparse.Namespace) -> int:
         args = _remember(args)
     if not args.prompts:
         raise RequestError("there is no prompt; give at least one text, '' for an unconditional picture")
+    jobs = [(prompt, args.seed + i) for i, prompt in enumerate(p for p in args.prompts for _ in range(args.num))]
+    seed_words([seed for _, seed in jobs])  # what is wrong with any of them is to be said before the first is made
     out = checks.as_folder(args.out)
     pictures, sources = _open_pictures(args)
     pipe = _load(args)
     settings = given(args, ("strength",)) | _fit(pictures, args, pipe.sd.config.vae.factor)
     options = Options(**given(args, OPTIONS))
+    pipe.tokenizer.encode(args.prompts, long_prompt=options.long_prompt)
 
-    jobs = [(prompt, args.seed + i) for i, prompt in enumerate(p for p in args.prompts for _ in range(args.num))]
     kept, bad = [], 0
     for start in range(0, len(jobs), args.batch_size):
         some = jobs[start : start + args.batch_size]

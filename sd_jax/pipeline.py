@@ -438,11 +438,12 @@ class Pipeline:
         sides = {"prompts": prompts}
         if guided:
             sides = {"negative prompts": checks.listed(negative, "negative prompts"), **sides}
-        tokens = [checks.stack(self._tokens(texts, long_prompt, name), b, name) for name, texts in sides.items()]
+        tokens = []
+        for name, texts in sides.items():
+            tokens.append(checks.stack(self._tokens(texts, long_prompt, name), b, name))
         n = max(side.shape[1] for side in tokens)
         empty = self.tokenizer.encode("").tokens  # [1, 1, 77], the chunks that the shorter side is filled up with
-        filled = (np.concatenate([side, np.tile(empty, (b, n - side.shape[1], 1))], axis=1) for side in tokens)
-        return np.stack(list(filled), axis=1)
+        return np.stack([np.concatenate([side, np.tile(empty, (b, n - side.shape[1], 1))], 1) for side in tokens], 1)
 
     def _tokens(self, prompts: str | Sequence[str], long_prompt: str, name: str = "prompts") -> np.ndarray:
         prefix = name.removesuffix("prompts")  # the tokenizer's sentences begin with the word prompt
@@ -451,7 +452,7 @@ class Pipeline:
         except RequestError as error:
             raise RequestError(f"{prefix}{error}") from error
         for sentence in encoding.warnings():
-            warnings.warn(prefix + sentence, stacklevel=5)
+            warnings.warn(prefix + sentence, stacklevel=5)  # the caller of text_to_image and its siblings
         return encoding.tokens
 
     def _size(self, height: int | None, width: int | None, latents: np.ndarray | None) -> tuple[int, int]:

@@ -1,6 +1,9 @@
 """The smallest model that has every part, for tests of what is made of the parts: NANO takes several times as long."""
 
+import atexit
 import functools
+import tempfile
+from pathlib import Path
 
 import numpy as np
 
@@ -8,6 +11,7 @@ from sd_jax.config import CLIPConfig, NoiseConfig, SDConfig, UNetConfig, VAEConf
 from sd_jax.pipeline import SD, Pipeline
 from sd_jax.tokenizer import Tokenizer
 from sd_jax.types import Params
+from sd_jax.weights.convert import write_native
 from sd_jax.weights.source import Report
 from tests.random_weights import checkpoint as torch_checkpoint
 from tests.random_weights import noise, our_params
@@ -40,3 +44,12 @@ def picture(name: str, height: int = SIZE, width: int = SIZE) -> np.ndarray:
     rows = np.stack([1 - y, y], -1) @ corners.reshape(2, 6)
     values = np.einsum("wk,hkc->hwc", np.concatenate([1 - x, x], -1), rows.reshape(height, 2, 3))
     return np.clip(128 + 60 * values, 0, 255).astype(np.uint8)
+
+
+@functools.cache
+def micro_file() -> Path:
+    """MICRO as one file, for what opens models by path."""
+    folder = tempfile.TemporaryDirectory(prefix="sd_jax-tests-")
+    atexit.register(folder.cleanup)
+    write_native(Path(folder.name) / "micro.safetensors", MICRO, params(), TOKENIZER)
+    return Path(folder.name) / "micro.safetensors"
