@@ -128,8 +128,9 @@ def write_png(path: str | Path, image: np.ndarray, metadata: Mapping[str, Any] |
 def publish(path: Path, data: bytes) -> bool:
     """Make ``path`` a file that holds ``data``, atomically; False, with nothing changed, if ``path`` already exists.
 
-    A kill at any moment leaves either no ``path`` or all of it, and at most a stray file that ``TEMPORARY`` matches.
-    The bytes are on the disk on return. An OSError (no room, read-only) leaves nothing behind.
+    A kill at any moment leaves either no ``path`` or all of it, and at most a stray file that ``TEMPORARY`` matches;
+    only where there are no hard links, it may leave ``path`` empty. The bytes are on the disk on return. An OSError (no
+    room, read-only) leaves nothing behind.
     """
     temporary = path.with_name(TEMPORARY.replace("*", uuid.uuid4().hex))
     try:
@@ -156,11 +157,15 @@ def _rename_exclusively(source: Path, path: Path) -> bool:
         try:
             os.link(source, path)
         except OSError as error:
-            if error.errno not in (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK):
+            if error.errno not in (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK):
                 raise
             # FAT, cloud drives and bucket mounts lack hard links: take the name with an empty file, then replace that.
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-            os.replace(source, path)
+            try:
+                os.replace(source, path)
+            except OSError:
+                path.unlink(missing_ok=True)
+                raise
     except FileExistsError:
         return False
     return True

@@ -225,6 +225,20 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_failed_rename_leaves_nothing_where_there_are_no_links(tmp_path, monkeypatch):
+    def fail(code):
+        def call(source, path):
+            raise OSError(code, "no")
+
+        return call
+
+    monkeypatch.setattr(os, "link", fail(errno.ENOTSUP))
+    monkeypatch.setattr(os, "replace", fail(errno.EIO))
+    with pytest.raises(OSError, match="no"):
+        images.write_png(tmp_path / "a.png", PIXELS)
+    assert os.listdir(tmp_path) == []
+
+
 # ---- masks from files ----------------------------------------------------------------------------
 
 
