@@ -191,17 +191,20 @@ def from_diffusers(
 
 
 def _component(part: str, j: dict[str, Any] | None, read: Callable[[dict[str, Any]], Any], default: Any) -> Any:
-    """``read(j)``, ``default`` where there is no JSON; checked, for JSON may hold anything under any name."""
     if j is None:
         return default
     try:
         config = read(j)
     except (AttributeError, TypeError) as error:
         raise RequestError(f"{part}: its JSON is not laid out as a v1 model's ({error}); fetch it again") from error
+    return checked(part, config)
+
+
+def checked(part: str, config: Any) -> Any:
+    """A part of an SDConfig as it is. Raises RequestError for values, which come from JSON, that make no network."""
     fields = {field.name: (getattr(config, field.name), field.default) for field in dataclasses.fields(config)}
     wrong = [f"{name} {value!r}" for name, (value, usual) in fields.items() if not _is_like(value, usual)]
-    if not wrong:
-        wrong = _misfits(config)
+    wrong = wrong or _misfits(config)
     if wrong:
         raise RequestError(f"{part}: {', '.join(wrong)} cannot be; fetch its JSON again, or mend it")
     return config

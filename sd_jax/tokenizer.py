@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import gzip
 import json
+import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -240,7 +241,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises RequestError, with the path, for whatever is missing, broken or not CLIP's.
     """
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):
         raise RequestError(f"there is no tokenizer {path}; give a folder or OpenAI's bpe_simple_vocab_16e6.txt.gz")
     try:
         return _load_folder(path) if path.is_dir() else Tokenizer.from_merges(_openai_merges(path))

@@ -224,6 +224,21 @@ def test_writing_is_atomic_and_never_overwrites(tmp_path, params):
         write_native(tmp_path / "x" / "a.safetensors", NANO, params, TOKENIZER)
 
 
+def test_overwriting_replaces_only_a_thing_of_its_kind(tmp_path, params):
+    (tmp_path / "photos").mkdir()
+    for name in ("photos/a.jpg", "file"):
+        (tmp_path / name).write_bytes(b"precious")
+    for write, dest, message in (
+        (write_diffusers, "photos", "is no diffusers folder"),
+        (write_diffusers, "file", "is no diffusers folder"),
+        (write_native, "photos", "is a folder"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            write(tmp_path / dest, NANO, params, TOKENIZER, overwrite=True)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["a.jpg", "file", "photos"]
+    assert {(tmp_path / name).read_bytes() for name in ("photos/a.jpg", "file")} == {b"precious"}
+
+
 # ---- what history left behind ----------------------------------------------------------------------------------
 
 
@@ -286,7 +301,9 @@ def test_averaged_weights(tmp_path, params):
         assert source.report.ema is used and bool(source.report.notes) == (ema is None)
     only = {name: array for name, array in arrays.items() if not name.startswith("model.diffusion_model.")}
     safetensors.numpy.save_file(only, tmp_path / "ema-only.safetensors")
-    assert_same(open_compvis(tmp_path / "ema-only.safetensors"), averaged)
+    source = open_compvis(tmp_path / "ema-only.safetensors")
+    assert_same(source, averaged)
+    assert source.report.ema is True and source.report.notes == ()
 
 
 def test_averaged_weights_asked_for_and_not_there(compvis):

@@ -197,7 +197,8 @@ def _failure(folder: Path, step: int, state: Any, error: Exception) -> str:
     room = f"{shutil.disk_usage(existing).free / 2**20:,.0f} MiB free, {size:,.0f} MiB to save before compression"
     last = latest(folder)
     kept = "no earlier step is there" if last is None else f"step {last} is still there to resume from"
-    return f"step {step} could not be saved in {folder} ({room}): {str(error).splitlines()[0]}; {kept}"
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return f"step {step} could not be saved in {folder} ({room}): {reason}; {kept}"
 
 
 @contextlib.contextmanager

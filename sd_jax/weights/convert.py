@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,9 @@ def write_diffusers(
     dtype: Any = None,
     overwrite: bool = False,
 ) -> None:
-    """A folder that diffusers' StableDiffusionPipeline opens too."""
+    """A folder that diffusers' StableDiffusionPipeline opens too. ``overwrite`` replaces only a folder of that kind."""
+    if overwrite and os.path.lexists(folder) and not (Path(folder) / "model_index.json").is_file():
+        raise RequestError(f"{folder} is there already and is no diffusers folder; choose another name or remove it")
     tokenizer.check(config.clip.vocab_size)
     parameters = to_parameters(config, params)
     jsons = to_diffusers(config)

@@ -47,7 +47,8 @@ def fetch(repo: str, patterns: Iterable[str], revision: str | None = None) -> Pa
             f"{address} cannot be reached and its files are not in the cache ({', '.join(patterns)}); connect once and "
             f"run `hf download {repo}`, or give a folder"
         ) from None
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as e:
+    # HTTPError is that of the HTTP library; hf_xet, which downloads large files, reports a lost line by RuntimeError.
+    except (errors.HTTPError, errors.HFValidationError, OSError, RuntimeError) as e:
         reason = str(e).strip().splitlines() or [type(e).__name__]
         raise RequestError(f"{address} cannot be fetched: {reason[0]}; try again, or give a folder") from None
 

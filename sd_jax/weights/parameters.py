@@ -107,10 +107,7 @@ def to_parameters(config: SDConfig, params: Mapping[str, Any]) -> dict[str, Para
     }
     if all(isinstance(leaf, Parameter) for leaf in flat.values()):
         return dict(flat)
-    rows = {
-        f"{c}/{path}": Row((f"{c}/{path}",), path, SAME) for c in COMPONENTS for path in parameter_shapes(config)[c]
-    }
-    parameters, problems = match(rows, config, flat)
+    parameters, problems = match(own_rows(config), config, flat)
     complain("the parameters", problems)
     return parameters
 
@@ -125,6 +122,12 @@ def to_params(
     return flax.traverse_util.unflatten_dict(
         {path: put(path, parameter.read(dtype)) for path, parameter in parameters.items()}, sep="/"
     )
+
+
+def own_rows(config: SDConfig) -> dict[str, Row]:
+    """The rows for ``match`` where tensors have our own names and axes."""
+    paths = [f"{component}/{path}" for component in COMPONENTS for path in parameter_shapes(config)[component]]
+    return {path: Row((path,), path.partition("/")[2], SAME) for path in paths}
 
 
 def match(

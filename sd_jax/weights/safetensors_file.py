@@ -15,6 +15,7 @@ import json
 import math
 import os
 import shutil
+import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -117,8 +118,10 @@ def write_safetensors(
     """Write (name, shape, dtype, read) tensors, each read when its turn comes and dropped behind it.
 
     The file appears under its name only when it is whole. Raises RequestError where it is there already (without
-    ``overwrite``) or the disk has too little room.
+    ``overwrite``, or as a folder) or the disk has too little room.
     """
+    if os.path.isdir(path):
+        raise RequestError(f"{os.fspath(path)} is a folder, and a file is to be written; choose another name")
     tensors = [(name, tuple(shape), np.dtype(dtype), read) for name, shape, dtype, read in tensors]
     header: dict[str, Any] = {"__metadata__": {**metadata, _CRC: "0" * 8 * (len(tensors) + 1)}}
     end = 0
@@ -148,7 +151,8 @@ def write_safetensors(
 def replacing(path: str | os.PathLike, *, overwrite: bool, size: int = 0) -> Iterator[Path]:
     """A temporary name beside ``path``, renamed to it at the end, and removed where the end is not reached."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    unique = uuid.uuid4().hex
+    temporary = path.with_name(f".{path.name}.{unique}.tmp")
     if path.exists() and not overwrite:
         raise RequestError(f"{path} is there already; choose another name or remove it")
     if not path.parent.is_dir():
@@ -158,7 +162,7 @@ def replacing(path: str | os.PathLike, *, overwrite: bool, size: int = 0) -> Ite
     try:
         yield temporary
         if temporary.is_dir() and path.exists():
-            old = path.with_name(f".{path.name}.{os.getpid()}.old")
+            old = path.with_name(f".{path.name}.{unique}.old")
             path.rename(old)
             temporary.rename(path)
             shutil.rmtree(old)
@@ -211,7 +215,7 @@ def _checksums(path: str, raw: bytes, metadata: dict[str, str], count: int) -> l
         crcs = [int(checks[i : i + 8], 16) for i in range(0, len(checks), 8)]
     except ValueError:
         crcs = []
-    zeros = raw.replace(checks.encode(), b"0" * len(checks), 1)
-    if len(crcs) != count + 1 or zlib.crc32(zeros) != crcs[-1]:
+    sound = len(crcs) == count + 1
+    if not sound or zlib.crc32(raw.replace(checks.encode(), b"0" * len(checks), 1)) != crcs[-1]:
         raise WeightsError(f"{path} is damaged: its header does not match its CRC; get the file again")
     return crcs[:-1]

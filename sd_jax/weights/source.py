@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sd_jax.config import SD_V1_4, CLIPConfig, NoiseConfig, SDConfig, UNetConfig, VAEConfig, from_diffusers
+from sd_jax.config import SD_V1_4, CLIPConfig, NoiseConfig, SDConfig, UNetConfig, VAEConfig, checked, from_diffusers
 from sd_jax.tokenizer import Tokenizer, load_tokenizer
 from sd_jax.types import Params, RequestError, WeightsError
 from sd_jax.weights import hub
 from sd_jax.weights.other_models import recognise, recognise_config
-from sd_jax.weights.parameters import Parameter, Tensor, complain, match, to_params
+from sd_jax.weights.parameters import Parameter, Tensor, complain, match, own_rows, to_params
 from sd_jax.weights.safetensors_file import open_safetensors
-from sd_jax.weights.tables import COMPONENTS, SAME, Row, parameter_shapes, table
+from sd_jax.weights.tables import COMPONENTS, Row, table
 from sd_jax.weights.torch_zip import open_checkpoint
 
 TINY = Path(__file__).parents[1] / "tiny"
@@ -31,6 +32,7 @@ NATIVE = "sd_jax"  # metadata "format" of our own files
 
 FOLDERS = {"clip": "text_encoder", "unet": "unet", "vae": "vae"}
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "*_config.json", "special_tokens_map.json")
+_PLAIN_UNET = "model.diffusion_model."  # what a CompVis file's weights that are not averaged begin with
 MANY_EMA = 100  # more keys than this under model_ema. mean that the averaged weights are there
 
 # In files of whole models, but no weights: integer positions, the schedule's tables, the VAE's training loss.
@@ -112,8 +114,8 @@ def open_source(
 
 def _locate(source: str, revision: str | None, ema: bool | None) -> tuple[Path, str | None]:
     """-> (path, commit where it comes from the hub)."""
-    path = TINY if source == "tiny" else Path(source).expanduser()
-    if path.exists():
+    path = TINY if source == "tiny" else _as_path(source)
+    if os.path.exists(path):
         if revision is not None:
             raise RequestError(f"revision {revision!r} is for hub ids, and {source} is a local path; leave it out")
         return path, None
@@ -179,9 +181,7 @@ def _open_folder(folder: Path, commit: str | None, ema: bool | None, tokenizer: 
         parameters |= found
         problems += wrong
     complain(str(folder), problems)
-    report = Report(
-        str(folder), "diffusers", commit, None if ema is None else ema, tuple(ignored), tuple(foreign), tuple(notes)
-    )
+    report = Report(str(folder), "diffusers", commit, ema, tuple(ignored), tuple(foreign), tuple(notes))
     return Source(config, parameters, tokenizer, report)
 
 
@@ -248,11 +248,11 @@ def _open_compvis(
     tokenizer_folder = None
     if config is None:
         config = SD_V1_4
-        channels = shapes.get("model.diffusion_model.input_blocks.0.0.weight", (0, 4))[1]
-        if channels == 9:  # the inpainting model: a mask and the latents of the masked image come along
+        inputs = shapes.get(f"{_PLAIN_UNET}input_blocks.0.0.weight", ())[1:2]
+        if inputs == (9,):  # the inpainting model: a mask and the latents of the masked image come along
             config = dataclasses.replace(config, unet=dataclasses.replace(config.unet, in_channels=9))
     elif not isinstance(config, SDConfig):
-        folder, _ = _locate_config(str(config))
+        folder = _locate_config(str(config))
         config = folder_config(folder)
         tokenizer_folder = folder / "tokenizer" if (folder / "tokenizer").is_dir() else None
     rows = {f"{c}/{row.path}": row for c in COMPONENTS for row in table("compvis", c, config)}
@@ -263,16 +263,16 @@ def _open_compvis(
         tokenizer = tokenizer_folder or hub.fetch(CLIP_REPO, TOKENIZER_FILES)
     tokenizer = _as_tokenizer(tokenizer)
     tokenizer.check(config.clip.vocab_size)
-    notes = (
-        ["both averaged (EMA) and plain weights are there; the averaged ones are used"] if used and ema is None else []
-    )
-    return Source(config, parameters, tokenizer, dataclasses.replace(report, ema=used, notes=tuple(notes)))
+    both = used and any(name.startswith(_PLAIN_UNET) for name in tensors)
+    note = "both averaged (EMA) and plain weights are there; the averaged ones are used"
+    report = dataclasses.replace(report, ema=used, notes=(note,) if both and ema is None else ())
+    return Source(config, parameters, tokenizer, report)
 
 
-def _locate_config(config: str) -> tuple[Path, str | None]:
-    path = Path(config).expanduser()
-    if path.is_dir():
-        return path, None
+def _locate_config(config: str) -> Path:
+    path = _as_path(config)
+    if os.path.isdir(path):
+        return path
     if not hub.is_hub_id(config):
         raise RequestError(f"config {config!r} is neither a diffusers folder nor a hub id")
     files = [
@@ -281,7 +281,7 @@ def _locate_config(config: str) -> tuple[Path, str | None]:
         "model_index.json",
         "tokenizer/*",
     ]
-    return hub.fetch(config, files), None
+    return hub.fetch(config, files)
 
 
 def _choose_ema(
@@ -306,7 +306,7 @@ def _choose_ema(
         for path, row in rows.items()
         if path.startswith("unet/")
     }
-    others = {name: tensor for name, tensor in tensors.items() if not name.startswith("model.diffusion_model.")}
+    others = {name: tensor for name, tensor in tensors.items() if not name.startswith(_PLAIN_UNET)}
     return rows | chosen, others, True
 
 
@@ -315,26 +315,25 @@ def _open_native(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
         config = config_from_dict(json.loads(metadata["config"]))
         if tokenizer is None:
             tokenizer = tokenizer_from_dict(json.loads(metadata["tokenizer"]))
-    except (KeyError, ValueError, TypeError, AttributeError) as e:
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as e:
         raise WeightsError(
             f"{path} has a config or tokenizer in its metadata that cannot be used ({e}); convert it again"
         ) from None
     tokenizer = _as_tokenizer(tokenizer)
     tokenizer.check(config.clip.vocab_size)
-    rows = {f"{c}/{p}": Row((f"{c}/{p}",), p, SAME) for c in COMPONENTS for p in parameter_shapes(config)[c]}
-    parameters, problems = match(rows, config, tensors)
+    parameters, problems = match(own_rows(config), config, tensors)
     complain(str(path), problems)
     return Source(config, parameters, tokenizer, Report(str(path), "native"))
 
 
 def config_from_dict(values: dict[str, Any]) -> SDConfig:
-    """The inverse of ``dataclasses.asdict``, through JSON."""
+    """The inverse of ``dataclasses.asdict``, through JSON. Raises KeyError, TypeError and RequestError."""
 
     def make(kind: type, fields: dict[str, Any]) -> Any:
         return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})
 
     parts = {"clip": CLIPConfig, "unet": UNetConfig, "vae": VAEConfig, "noise": NoiseConfig}
-    return SDConfig(**{name: make(parts[name], fields) for name, fields in values.items()})
+    return SDConfig(**{name: checked(name, make(parts[name], fields)) for name, fields in values.items()})
 
 
 def tokenizer_from_dict(values: dict[str, Any]) -> Tokenizer:
@@ -350,6 +349,10 @@ def tokenizer_to_dict(tokenizer: Tokenizer) -> dict[str, Any]:
     tokens = sorted(tokenizer.vocab, key=tokenizer.vocab.__getitem__)
     merges = [" ".join(merge) for merge in tokenizer.merges]
     return {"vocab": tokens, "merges": merges, "pad": tokenizer.pad, "words": list(tokenizer.words)}
+
+
+def _as_path(text: str) -> Path:
+    return Path(os.path.expanduser(text))  # unlike Path.expanduser, this leaves a "~" whose home is unknown alone
 
 
 def _as_tokenizer(tokenizer: Tokenizer | str | Path) -> Tokenizer:

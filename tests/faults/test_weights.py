@@ -7,8 +7,10 @@ import os
 import re
 import shutil
 import socket
+import sys
 from unittest import mock
 
+import flax.serialization
 import ml_dtypes
 import numpy as np
 import pytest
@@ -263,6 +265,7 @@ ENTRY = '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
         '{"a":{"dtype":"F4","shape":[1],"data_offsets":[0,4]}}': "a in F4",
         '{"a":[1]}': "something else than a tensor",
         '{"__metadata__":{"a":1}}': "not texts",
+        f'{{"__metadata__":{{"sd_jax_crc32":"\\ud800"}},"a":{ENTRY}}}': "does not match its CRC",
         '{"a"': "not JSON",
         '{"a":' + "[" * 100_000: "not JSON",
     }.items(),
@@ -277,6 +280,21 @@ def test_no_safetensors_at_all(tmp_path):
     for content in (b"<html>", b"\xff" * 64, b"version https://git-lfs", b"12345678["):
         (tmp_path / "a.safetensors").write_bytes(content)
         refused(tmp_path / "a.safetensors", "not a safetensors file")
+
+
+def test_native_metadata_that_is_no_config(tmp_path):
+    for config in ("[" * 100_000, "[]", "{}x", '{"clip": 1}', '{"unet": {"widths": "abc"}}', '{"vae": {"groups": 7}}'):
+        write_safetensors(tmp_path / "a.safetensors", [], {"format": "sd_jax", "config": config}, overwrite=True)
+        refused(tmp_path / "a.safetensors", "config or tokenizer in its metadata that cannot be used")
+
+
+def test_flax_files_that_are_none(folder):
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    for tree in (5, [1], {"a": 1}, {"a": {"kernel": None}}, {"a": {3: np.zeros(2)}}):
+        content = flax.serialization.msgpack_serialize(tree)
+        for cut in (content, content[:-1], content + b"x"):
+            (folder / "vae" / "diffusion_flax_model.msgpack").write_bytes(cut)
+            refused(folder, "is not a Flax checkpoint")
 
 
 # ---- F34, F35, F36 ---------------------------------------------------------------------------------------------
@@ -356,7 +374,23 @@ def test_what_the_hub_answers_is_one_line_without_a_token(monkeypatch, kind, exp
     assert "owner/name" in message and "\n" not in message and "hf_secret" not in message
 
 
-@pytest.mark.parametrize("source", ["nowhere", "./nowhere/x", "a/b/c", "x.ckpt", ""])
+@pytest.mark.parametrize("error", ["ReadTimeout", "ProxyError", "RemoteProtocolError", RuntimeError])
+def test_a_line_that_breaks_in_the_middle(monkeypatch, error):
+    """What the library has downloaded with raises errors of its own, and not all of them are OSErrors."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    http = sys.modules[errors.HTTPError.__module__.partition(".")[0]]
+    error = getattr(http, error) if isinstance(error, str) else error
+
+    def answer(*args, **kwargs):
+        raise error("the peer closed the connection")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", answer)
+    refused("owner/name", "cannot be fetched: the peer closed the connection; try again", error=RequestError)
+
+
+@pytest.mark.parametrize("source", ["nowhere", "./nowhere/x", "a/b/c", "x.ckpt", "", "n" * 5000, "a\0b", "~nobody/x/y"])
 def test_sources_that_are_not_there(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refused(source, "there is no model|no unet/config.json|is not a diffusers folder", error=RequestError)
