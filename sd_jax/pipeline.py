@@ -70,19 +70,21 @@ class Plan:
 def make_plan(
     noise: NoiseConfig,
     steps: int = 50,
-    sampler: str | None = None,
+    sampler: str | Sampler | None = None,
     spacing: str | None = None,
     eta: float = 0.0,
     strength: float = 1.0,
 ) -> Plan:
-    """Lay the time grid out, on the host; None is the checkpoint's own. ``strength`` below 1 leaves the first steps
-    out.
+    """Lay the time grid out, on the host. ``strength`` below 1 leaves the first steps out.
 
-    Raises RequestError for what no grid or sampler allows.
+    ``sampler`` is a name of SAMPLERS or a sampler itself (``eta`` is for the name); None is the checkpoint's own, and
+    so is a ``spacing`` of None. Raises RequestError for what no grid or sampler allows.
     """
     if not (math.isfinite(eta) and 0 <= eta <= 1):
         raise RequestError(f"eta {eta} is out of range; give 0 (deterministic) to 1")
-    chosen = make_sampler(sampler or noise.sampler, np.float32(eta))
+    chosen = noise.sampler if sampler is None else sampler
+    if isinstance(chosen, str):
+        chosen = make_sampler(chosen, np.float32(eta))
     start = schedule.start_at(steps, strength)
     grid = schedule.time_grid(noise, steps, chosen, spacing, start=start)
     scale = schedule.start_scale(noise, grid, chosen, spacing)
@@ -290,7 +292,7 @@ class Options:
     seeds: Sequence[int] | None = None  # ... or its own here; 0 to 2**63 - 1
     steps: int = 50
     guidance: float | Sequence[float] = 7.5  # classifier-free guidance; 1 throughout skips the negative pass
-    sampler: str | None = None  # a name of SAMPLERS; None is the checkpoint's own
+    sampler: str | Sampler | None = None  # a name of SAMPLERS, or a sampler itself; None is the checkpoint's own
     spacing: str | None = None  # a name of SPACINGS; None is the checkpoint's own, or the sampler's
     eta: float = 0.0  # noise of the ddim sampler, 0 to 1
     latents: Array | None = None  # unit-normal [B, height/8, width/8, 4] to start from instead of the seeds' noise
