@@ -146,13 +146,15 @@ def test_unet_in_bfloat16(unet, unet_params):
 
 
 def test_bfloat16_still_tells_neighbouring_timesteps_apart():
-    """981 is 980 in bfloat16: the sinusoids must be taken in float32."""
+    """981 is 980 in bfloat16: the embedding must be made in float32, and only then rounded."""
     assert jnp.bfloat16(981) == jnp.bfloat16(980)
     module = TimeEmbedding(16, jnp.bfloat16)
     t = jnp.arange(970.0, 990.0)
-    out = np.asarray(module.apply({"params": params_like(module, t)}, t), np.float32)
-    gaps = np.abs(np.diff(out, axis=0)).max(-1)
+    params = {"params": params_like(module, t)}
+    out = module.apply(params, t)
+    gaps = np.abs(np.diff(np.asarray(out, np.float32), axis=0)).max(-1)
     assert gaps.min() > 1e-2
+    np.testing.assert_array_equal(out, TimeEmbedding(16, jnp.float32).apply(params, t).astype(jnp.bfloat16))
 
 
 def test_sinusoids_are_cosines_then_sines():

@@ -126,9 +126,9 @@ class GEGLU(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """t [N] float32 -> [N, 4 width]: sinusoids (Vaswani et al. 2017) and an MLP.
+    """t [N] float32 -> [N, 4 width] in ``dtype``: sinusoids (Vaswani et al. 2017) and an MLP.
 
-    The sinusoids are float32 whatever ``dtype`` is: bfloat16 cannot tell neighbouring timesteps apart.
+    Both are float32 whatever ``dtype`` is: bfloat16 cannot tell neighbouring timesteps apart.
     """
 
     width: int
@@ -136,9 +136,8 @@ class TimeEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, t: Array) -> Array:
-        h = sinusoids(t, self.width).astype(self.dtype)
-        h = nn.silu(nn.Dense(4 * self.width, dtype=self.dtype, name="fc1")(h))
-        return nn.Dense(4 * self.width, dtype=self.dtype, name="fc2")(h)
+        h = nn.silu(nn.Dense(4 * self.width, dtype=jnp.float32, name="fc1")(sinusoids(t, self.width)))
+        return nn.Dense(4 * self.width, dtype=jnp.float32, name="fc2")(h).astype(self.dtype)
 
 
 def sinusoids(t: Array, width: int) -> Array:
