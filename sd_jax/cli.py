@@ -306,11 +306,13 @@ def _cache_folder() -> Path | None:
     """Where compiled programs are kept; None where there is no home, or it cannot be written to."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     folder = Path(base, "sd_jax")
+    if not folder.is_absolute():
+        return None
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
         return None
-    return folder if folder.is_absolute() and os.access(folder, os.W_OK) else None
+    return folder if os.access(folder, os.W_OK) else None
 
 
 def _first_time(what: str) -> bool:

@@ -144,7 +144,7 @@ def test_f16_sizes_that_are_not_multiples(nano, nothing_runs, side, value, messa
 
 
 def test_f16_every_multiple_of_eight_is_made():
-    """Not only those of 64: 9 x 13 latents are odd on three levels. Shapes alone are traced, and nothing is computed."""
+    """Not only those of 64: 9 x 13 latents are odd on three levels. Shapes alone are traced: nothing is run."""
     unet = dataclasses.replace(NANO.unet, layers=1, attention=(False,) * 4)
     config = dataclasses.replace(NANO, unet=unet, vae=dataclasses.replace(NANO.vae, layers=1))
     abstract = {

@@ -12,22 +12,22 @@ from sd_jax import pipeline as pl
 from sd_jax.diffusion import draws
 from sd_jax.pipeline import SD
 from sd_jax.weights.convert import write_diffusers
-from tests.micro import MICRO, SIZE, TOKENIZER, params, picture, pipeline
+from tests.micro import MICRO, TOKENIZER, params, picture, pipeline
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-STEPS = 10
+STEPS, SIZE = 10, 32
 PROMPTS, NEGATIVE, GUIDANCE = ["a red cube", "a blue sphere behind a cone"], "a gray cylinder", 5.0
 SEEDS = [0, 1]
 INPAINTING = dataclasses.replace(MICRO, unet=dataclasses.replace(MICRO.unet, in_channels=9))
 MASK = np.zeros((SIZE, SIZE), np.uint8)
-MASK[4:, :10] = 255
+MASK[8:, :20] = 255
 SCHEDULERS = {
-    "ddim": "DDIMScheduler",
-    "plms": "PNDMScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "dpmpp_2m": "DPMSolverMultistepScheduler",
+    "ddim": ("DDIMScheduler", {}),
+    "plms": ("PNDMScheduler", {"skip_prk_steps": True}),  # as in v1-4's own configuration
+    "euler": ("EulerDiscreteScheduler", {}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
 }
 SETTINGS = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "output_type": "np"}
 
@@ -83,12 +83,20 @@ def assert_same(ours: np.ndarray, theirs: np.ndarray) -> None:
 @pytest.mark.parametrize("sampler", SCHEDULERS)
 def test_text_to_image(referee, sampler):
     made = as_kind(diffusers.StableDiffusionPipeline, referee(MICRO))
-    made.scheduler = getattr(diffusers, SCHEDULERS[sampler]).from_config(made.scheduler.config)
+    name, options = SCHEDULERS[sampler]
+    made.scheduler = getattr(diffusers, name).from_config(made.scheduler.config, **options)
     theirs = made(
         PROMPTS, height=SIZE, width=SIZE, latents=noises()[0], negative_prompt=[NEGATIVE] * 2, **SETTINGS
     ).images
     ours = pipeline().text_to_image(
-        PROMPTS, negative=NEGATIVE, seeds=SEEDS, steps=STEPS, guidance=GUIDANCE, sampler=sampler
+        PROMPTS,
+        negative=NEGATIVE,
+        seeds=SEEDS,
+        steps=STEPS,
+        guidance=GUIDANCE,
+        sampler=sampler,
+        height=SIZE,
+        width=SIZE,
     )
     assert_same(ours, theirs)
 
@@ -96,7 +104,7 @@ def test_text_to_image(referee, sampler):
 def test_image_to_image(referee, monkeypatch):
     kind = diffusers.StableDiffusionImg2ImgPipeline
     inject(monkeypatch, kind)
-    start = np.stack([picture("a"), picture("b")])
+    start = np.stack([picture(name, SIZE, SIZE) for name in "ab"])
     theirs = as_kind(kind, referee(MICRO))(
         PROMPTS, image=[Image.fromarray(image) for image in start], strength=0.65, **SETTINGS
     ).images
@@ -108,7 +116,7 @@ def test_image_to_image(referee, monkeypatch):
 def test_inpaint(referee, monkeypatch, config):
     kind = diffusers.StableDiffusionInpaintPipeline
     inject(monkeypatch, kind)
-    start = np.stack([picture("a"), picture("b")])
+    start = np.stack([picture(name, SIZE, SIZE) for name in "ab"])
     theirs = as_kind(kind, referee(config))(
         PROMPTS,
         image=[Image.fromarray(image) for image in start],
