@@ -62,7 +62,7 @@ def get_config() -> Recipe:
         diffusion=TrainConfig(
             task="diffusion",
             seed=3,
-            steps=8000,
+            steps=4000,
             batch_size=16,
             repeats=3,
             optimizer=OptimizerConfig(1e-3, warmup=200, decay="linear", b1=0.9, b2=0.99, ema=0.999),
