@@ -79,7 +79,7 @@ def _generate(args: argparse.Namespace) -> int:
     options = Options(**given(args, OPTIONS))
     pipe.tokenizer.encode(args.prompts, long_prompt=options.long_prompt)
 
-    kept, bad = [], 0
+    for_grid, bad = [], 0
     for start in range(0, len(jobs), args.batch_size):
         some = jobs[start : start + args.batch_size]
         images, spoilt = _make(args, pipe, options, settings, some)
@@ -89,9 +89,10 @@ def _generate(args: argparse.Namespace) -> int:
                 bad += 1
             else:
                 metadata = _metadata(args, pipe, options, prompt, seed, images[i]) | sources
-                kept.append((_write(out, images[i], seed, metadata), images[i]))
-    if args.grid and kept:
-        _write_grid(out / f"grid-{kept[0][0].name}", [image for _, image in kept])
+                path = _write(out, images[i], seed, metadata)
+                for_grid += [(path, images[i])] if args.grid else []
+    if for_grid:
+        _write_grid(out / f"grid-{for_grid[0][0].name}", [image for _, image in for_grid])
     if bad:
         _say(f"failed: {bad} of {len(jobs)} pictures; try --dtype float32, a lower --guidance, or check the weights")
     return FAILED if bad else DONE
