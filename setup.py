@@ -2,10 +2,11 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-# Tests referee against torch; one version, because plain "torch" fetches gigabytes of CUDA libraries on some platforms.
+# One version of torch, the referee, because plain "torch" fetches gigabytes of CUDA libraries on some platforms; one of
+# ruff, because what it formats and how changes between versions.
 TEST = [
     "pytest>=8",
-    "ruff>=0.12",
+    "ruff==0.17.6",
     "torch==2.13.0",
     "diffusers==0.42.1",
     "hypothesis>=6",
