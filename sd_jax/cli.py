@@ -162,13 +162,21 @@ def _make(
     method = {"txt2img": pipe.text_to_image, "img2img": pipe.image_to_image, "inpaint": pipe.inpaint}[args.command]
     began = time.monotonic()
     prompts, seeds = (_fill(column, args.batch_size) for column in zip(*jobs, strict=True))
-    settings = settings | vars(options) | {"seeds": seeds, "progress": _Bar() if args.progress else None}
+    shown = _is_slow(pipe) if args.progress is None else args.progress
+    settings = settings | vars(options) | {"seeds": seeds, "progress": _Bar() if shown else None}
     try:
         images, spoilt = method(prompts, **settings), []
     except NotFinite as error:
         images, spoilt = error.images, error.bad
     _say(f"seed {', '.join(str(seed) for _, seed in jobs)}: {time.monotonic() - began:.1f} s")
     return images, spoilt
+
+
+def _is_slow(pipe: Pipeline) -> bool:
+    """A network of v1's size on a CPU: a picture takes minutes, beside which it is little to compile anew."""
+    import jax
+
+    return jax.default_backend() == "cpu" and sum(leaf.size for leaf in jax.tree.leaves(pipe.params["unet"])) > 1e8
 
 
 def _fill(values: Sequence[Any], count: int) -> list[Any]:

@@ -132,8 +132,8 @@ def _picture_flags() -> argparse.ArgumentParser:
     flags.add_argument("--from-png", metavar="FILE", help="as this picture was made; flags that are given win")
     flags.add_argument(
         "--progress",
-        action="store_true",
-        help="tell of each step; JAX then compiles anew in every run, which takes long",
+        action=argparse.BooleanOptionalAction,
+        help="tell of each step (where one takes seconds); JAX then compiles anew in every run",
     )
     return flags
 

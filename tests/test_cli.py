@@ -6,6 +6,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -91,9 +92,21 @@ def test_flags_are_the_options():
     assert set(flags.OPTIONS) <= {field.name for field in dataclasses.fields(pl.Options)}
 
 
-def test_progress(sd_jax_):
-    _, _, err = sd_jax_("txt2img", "a cone", "--progress")
-    assert [line for line in err.splitlines() if line.startswith("step")] == [f"step {i} of 3" for i in (1, 2, 3)]
+def test_progress(sd_jax_, monkeypatch):
+    def told(*flags):
+        return [line for line in sd_jax_("txt2img", "a cone", *flags)[2].splitlines() if line.startswith("step")]
+
+    assert told("--progress") == [f"step {i} of 3" for i in (1, 2, 3)]
+    assert told() == [], "it would be compiled anew for nothing"
+    monkeypatch.setattr(cli, "_is_slow", lambda pipe: True)
+    assert told() == [f"step {i} of 3" for i in (1, 2, 3)]
+    assert told("--no-progress") == []
+
+
+def test_a_step_is_slow_where_the_model_is_large():
+    sd, wide = pipeline().sd, jax.ShapeDtypeStruct((20_000, 10_000), np.float32)
+    assert cli._is_slow(pl.Pipeline(sd, {"unet": {"kernel": wide}}, None))
+    assert not cli._is_slow(pipeline())
 
 
 def test_the_bar_of_a_terminal(monkeypatch, capsys):

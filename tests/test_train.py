@@ -13,6 +13,7 @@ from sd_jax import pipeline
 from sd_jax.config import CLIPConfig, NoiseConfig, SDConfig, UNetConfig, VAEConfig
 from sd_jax.models.unet import UNet
 from sd_jax.train import data, loop, scenes, tasks
+from sd_jax.train import recipe as recipe_module
 from sd_jax.train.config import FREE, DataConfig, Recipe, TrainConfig, differences, load_config, override
 from sd_jax.train.data import Examples, Interrupted
 from sd_jax.train.recipe import run_recipe
@@ -91,7 +92,7 @@ def test_overrides_that_do_not_fit(text, message):
 def test_a_configuration_file(tmp_path):
     recipe = load_config(TINY, ["data.scenes=100", "diffusion.optimizer.learning_rate=1e-4"])
     assert recipe.data.scenes == 100 and recipe.diffusion.optimizer.learning_rate == 1e-4
-    with pytest.raises(RequestError, match="vae takes its model from the recipe"):
+    with pytest.raises(RequestError, match="vae takes its model from the recipe; set model.vae.scale without vae"):
         override(recipe, ["vae.model.vae.scale=2"])
     with pytest.raises(RequestError, match="there is no configuration .*missing.py"):
         load_config(tmp_path / "missing.py")
@@ -278,6 +279,27 @@ def test_every_parameter_of_a_task_is_used(task):
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     unused = [path for (path, _), var in zip(leaves, gradient.jaxpr.invars, strict=False) if id(var) not in used]
     assert [jax.tree_util.keystr(path) for path in unused] == ["['idle']"]
+
+
+@pytest.mark.parametrize("init_from", [None, "tiny"])
+def test_a_recipe_goes_on_from_a_model_or_from_nothing(init_from, tmp_path, monkeypatch):
+    calls = []
+
+    def train(config, workdir, *, start, data_dir, stop, log):
+        calls.append((workdir.name, sorted(start), config.init_from))
+        learnt = {"vae": ["vae"], "text": ["clip"], "diffusion": ["clip", "unet", "vae"]}[config.task]
+        return {component: workdir.name for component in learnt}
+
+    monkeypatch.setattr(recipe_module, "train", train)
+    monkeypatch.setattr(recipe_module, "_measure", lambda *args: 0.5)
+    made = dataclasses.replace(load_config(TINY), init_from=init_from)
+    model, params = run_recipe(made, tmp_path)
+    assert params == dict.fromkeys(("clip", "unet", "vae"), "diffusion") and model.vae.scale == 0.5
+    if init_from is None:
+        names, held = ["vae", "polish", "text", "diffusion"], [[], ["vae"], ["vae"], ["clip", "vae"]]
+    else:
+        names, held = ["vae", "polish", "diffusion"], [["clip", "unet", "vae"]] * 3
+    assert calls == [(name, start, init_from) for name, start in zip(names, held, strict=True)]
 
 
 @pytest.mark.full

@@ -86,9 +86,10 @@ FREE = ("data.workers", "log_every", "save_every", "keep", "preview_every", "max
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A whole model from nothing: four runs, each from where the ones before ended (``train.recipe``).
+    """A whole model: four runs, each from where the ones before ended (``train.recipe``).
 
-    ``model`` and ``data`` are those of all runs, whose own are not read. The last one leaves the whole model.
+    ``model``, ``data`` and ``init_from`` are those of all runs, whose own are not read. The last one leaves the whole
+    model.
     """
 
     model: SDConfig
@@ -97,6 +98,8 @@ class Recipe:
     polish: TrainConfig
     text: TrainConfig
     diffusion: TrainConfig
+    # A model to go on from instead of nothing. "text" is then left out: its text tower knows the order of words.
+    init_from: str | None = None
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig | Recipe:
@@ -120,7 +123,7 @@ def override(config: Any, overrides: Sequence[str]) -> Any:
         keys = path.strip().split(".")
         if isinstance(config, Recipe) and keys[1:2] and keys[1] in ("model", "data", "init_from"):
             raise RequestError(
-                f"{keys[0]} takes its {keys[1]} from the recipe; set model... or data... without {keys[0]}"
+                f"{keys[0]} takes its {keys[1]} from the recipe; set {'.'.join(keys[1:])} without {keys[0]}"
             )
         config = _set(config, keys, value.strip(), path.strip())
     return config

@@ -97,7 +97,7 @@ def train(
     if (workdir / WEIGHTS).exists():
         return load_weights(workdir / WEIGHTS)
     mesh = _mesh(devices or jax.local_devices(), config.batch_size)
-    start, tokenizer = _read_start(config.init_from) if start is None else (start, None)
+    start, tokenizer = read_start(config.init_from) if start is None else (start, None)
     task = make_task(config, data_dir or workdir / "data", start, tokenizer, stop=stop, log=log)
     trainable, frozen = split(task.params, config.trainable)
     # Only now that nothing is left to be refused: the folder is this configuration's from here on.
@@ -190,7 +190,7 @@ def _resume(
     return state, step
 
 
-def _read_start(init_from: str | None) -> tuple[Mapping[str, Params], Tokenizer | None]:
+def read_start(init_from: str | None) -> tuple[Mapping[str, Params], Tokenizer | None]:
     """Parameters by component, and the tokenizer that goes with them; None is that of the scenes."""
     if init_from is None:
         return {}, None

@@ -1,4 +1,4 @@
-"""A whole model from nothing, in four runs: autoencoder, its decoder once more, text tower, and all of diffusion."""
+"""A whole model in four runs: autoencoder, its decoder once more, text tower, and all of diffusion."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sd_jax import pipeline
 from sd_jax.config import SDConfig, VAEConfig
 from sd_jax.train import data
 from sd_jax.train.config import Recipe
-from sd_jax.train.loop import Log, train
+from sd_jax.train.loop import Log, read_start, train
 from sd_jax.types import Params
 
 MEASURED = 1024  # pictures that the scale of the latents is measured on
@@ -33,17 +33,20 @@ def run_recipe(
     shared = {"data_dir": workdir / "data", "stop": stop, "log": log}
 
     def stage(name: str, model: SDConfig, start: Params) -> Params:
-        config = dataclasses.replace(getattr(recipe, name), model=model, data=recipe.data)
+        own = {"model": model, "data": recipe.data, "init_from": recipe.init_from}
+        config = dataclasses.replace(getattr(recipe, name), **own)
         if log is not None:
             log(f"{name}: {config.steps} steps")
         return train(config, workdir / name, start=start, **shared)
 
     unscaled = dataclasses.replace(recipe.model, vae=dataclasses.replace(recipe.model.vae, scale=1.0))
-    start = stage("vae", unscaled, {})
+    start = dict(read_start(recipe.init_from)[0])
+    start |= stage("vae", unscaled, start)
     scale = _recorded(workdir / "scale.json", lambda: _measure(recipe, unscaled.vae, start["vae"], shared))
-    start = stage("polish", unscaled, start)
+    start |= stage("polish", unscaled, start)
     model = dataclasses.replace(recipe.model, vae=dataclasses.replace(recipe.model.vae, scale=scale))
-    start |= stage("text", model, start)
+    if recipe.init_from is None:
+        start |= stage("text", model, start)
     start |= stage("diffusion", model, start)
     return model, {component: start[component] for component in ("clip", "unet", "vae")}
 
