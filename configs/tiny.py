@@ -25,7 +25,7 @@ def get_config() -> Recipe:
             sample_size=8,
         ),
         vae=VAEConfig(widths=(16, 32, 64, 128), layers=1, groups=8),  # its scale is measured
-        noise=NoiseConfig(sampler="ddim", spacing="trailing"),
+        noise=NoiseConfig(sampler="ddim", spacing="trailing", guidance=3.0),
     )
     return Recipe(
         model=model,

@@ -76,7 +76,7 @@ def _generate(args: argparse.Namespace) -> int:
     pictures, sources = _open_pictures(args)
     pipe = _load(args)
     settings = given(args, ("strength",)) | _fit(pictures, args, pipe.sd.config.vae.factor)
-    options = Options(**given(args, OPTIONS))
+    options = Options(**given(args, OPTIONS)).resolved(pipe.sd.config.noise)
     pipe.tokenizer.encode(args.prompts, long_prompt=options.long_prompt)
 
     for_grid, bad = [], 0
@@ -244,7 +244,6 @@ def _metadata(
     metadata |= given(args, ("model", *SOURCE, "strength", "batch_size"))
     metadata |= {"revision": pipe.report.revision, "ema": pipe.report.ema, "dtype": pipe.sd.dtype}
     metadata |= {name: getattr(options, name) for name in OPTIONS}
-    metadata |= {"sampler": options.sampler or pipe.sd.config.noise.sampler}
     metadata |= {"height": image.shape[0], "width": image.shape[1]}
     metadata |= {"dropped": pipe.tokenizer.encode(prompt, long_prompt=options.long_prompt).dropped[0] or None}
     return {name: value for name, value in metadata.items() if value is not None}

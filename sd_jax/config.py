@@ -70,7 +70,7 @@ class VAEConfig:
 
 @dataclasses.dataclass(frozen=True)
 class NoiseConfig:
-    """The training noise, and the sampler the checkpoint names as its own."""
+    """The training noise, and how the checkpoint is sampled unless something else is asked for."""
 
     train_steps: int = 1000
     beta_start: float = 0.00085
@@ -79,6 +79,7 @@ class NoiseConfig:
     prediction: str = "epsilon"  # or "v_prediction"
     sampler: str = "plms"
     spacing: str | None = None  # None: the sampler's own default
+    guidance: float = 7.5
     steps_offset: int = 1
     final_alpha_one: bool = False  # samplers of the DDIM family end on alpha = 1 instead of the first training level
 
@@ -167,6 +168,7 @@ _NOISE_FIXED = {
     "use_flow_sigmas": (False,),
     "use_lu_lambdas": (False,),
 }
+_GUIDANCE = "_guidance"  # ours: diffusers has no place for it, and reads over what begins with an underscore
 _DOWN_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
 
 
@@ -316,6 +318,7 @@ def _noise_from(j: dict[str, Any]) -> NoiseConfig:
         prediction=prediction,
         sampler=sampler,
         spacing=spacing,
+        guidance=j.get(_GUIDANCE, 7.5),
         steps_offset=j.get("steps_offset", 0),
         final_alpha_one=j.get("set_alpha_to_one", sampler != "plms"),
     )
@@ -416,4 +419,6 @@ def _scheduler_json(noise: NoiseConfig) -> dict[str, Any]:
         j[f"use_{noise.spacing}_sigmas"] = True
     elif noise.spacing is not None:
         j["timestep_spacing"] = noise.spacing
+    if noise.guidance != NoiseConfig.guidance:
+        j[_GUIDANCE] = noise.guidance
     return j

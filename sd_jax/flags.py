@@ -110,7 +110,7 @@ def _sampling_flags() -> argparse.ArgumentParser:
     flags = _flags()
     flags.add_argument("--seed", type=int, default=0, metavar="N", help="of the first picture; the next has N + 1 (0)")
     flags.add_argument("--steps", type=int, metavar="N", help="denoising steps (50)")
-    flags.add_argument("--guidance", type=float, metavar="F", help="how closely prompts are followed (7.5)")
+    flags.add_argument("--guidance", type=float, metavar="F", help="how closely prompts are followed (7.5 for v1-4)")
     flags.add_argument("--rescale", type=float, metavar="F", help="against over-exposure by guidance, 0 to 1 (0)")
     flags.add_argument("--negative", metavar="TEXT", help="what to lead away from")
     flags.add_argument("--sampler", metavar="S", help="ddim, plms, euler_a, dpmpp_2m, ... (the model's own)")

@@ -291,7 +291,8 @@ class Options:
     seed: int = 0  # image i has the seed seed + i ...
     seeds: Sequence[int] | None = None  # ... or its own here; 0 to 2**63 - 1
     steps: int = 50
-    guidance: float | Sequence[float] = 7.5  # classifier-free guidance; 1 throughout skips the negative pass
+    # Classifier-free guidance; 1 throughout skips the negative pass. None is the checkpoint's own, 7.5 for v1-4.
+    guidance: float | Sequence[float] | None = None
     sampler: str | Sampler | None = None  # a name of SAMPLERS, or a sampler itself; None is the checkpoint's own
     spacing: str | None = None  # a name of SPACINGS; None is the checkpoint's own, or the sampler's
     eta: float = 0.0  # noise of the ddim sampler, 0 to 1
@@ -300,6 +301,11 @@ class Options:
     long_prompt: str = "truncate"  # (with a warning), "error" or "chunk"
     attn_edit: AttnEdit | None = None
     progress: Callable[[int, int], None] | None = None  # told (evaluations done, evaluations in all) as work goes on
+
+    def resolved(self, noise: NoiseConfig) -> Options:
+        """With the checkpoint's own sampler and guidance where none was asked for."""
+        own = {"sampler": noise.sampler, "guidance": noise.guidance}
+        return dataclasses.replace(self, **{name: v for name, v in own.items() if getattr(self, name) is None})
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -392,6 +398,7 @@ class Pipeline:
         **static: Any,
     ) -> np.ndarray:
         """Check the request, make every argument an array with a row per image, and run the jitted ``name``."""
+        o = o.resolved(self.sd.config.noise)
         plan = make_plan(self.sd.config.noise, o.steps, o.sampler, o.spacing, o.eta, strength)
         pictures = pictures or {}
         prompts = checks.listed(prompts, "prompts")

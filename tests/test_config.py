@@ -108,7 +108,7 @@ def noise(**changes):
         dataclasses.replace(SD_V1_4, unet=UNetConfig(in_channels=9)),
         dataclasses.replace(SD_V1_4, clip=dataclasses.replace(SD_V1_4.clip, activation="gelu")),
         dataclasses.replace(SD_V1_4, vae=dataclasses.replace(SD_V1_4.vae, scale=0.91)),
-        noise(sampler="ddim", spacing="trailing", final_alpha_one=True, prediction="v_prediction"),
+        noise(sampler="ddim", spacing="trailing", guidance=3.0, final_alpha_one=True, prediction="v_prediction"),
         noise(sampler="dpmpp_2m_sde", spacing="karras", beta_schedule="linear"),
         noise(sampler="euler", spacing="exponential", steps_offset=0),
     ],

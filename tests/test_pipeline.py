@@ -71,6 +71,16 @@ def test_options_for_each_picture():
     np.testing.assert_array_equal(mixed[1], make(guidance=3.0, negative="a green cone")[1])
 
 
+def test_what_is_not_asked_for_is_the_checkpoints_own():
+    noise = dataclasses.replace(MICRO.noise, sampler="euler", guidance=3.0)
+    asked = pl.Options(seed=3).resolved(noise)
+    assert (asked.sampler, asked.guidance, asked.seed) == ("euler", 3.0, 3)
+    assert pl.Options(sampler="ddim", guidance=1.0).resolved(noise) == pl.Options(sampler="ddim", guidance=1.0)
+    other = dataclasses.replace(pipeline(), sd=SD(dataclasses.replace(MICRO, noise=noise)))
+    expected = make(guidance=3.0, sampler="euler")
+    np.testing.assert_array_equal(other.text_to_image(PROMPTS, steps=STEPS), expected)
+
+
 def test_guidance_one_skips_the_unconditional_pass():
     skipped, full = make(guidance=1.0), make(guidance=(1.0, 7.5))
     assert apart(skipped[0], full[0]) <= 1 and apart(skipped[1], full[1]) > 1

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import ml_dtypes
@@ -89,39 +88,11 @@ def test_files_without_checksums(tmp_path):
 
 
 @pytest.fixture
-def lightning(tmp_path, monkeypatch):
-    """A checkpoint as the trainer of CompVis left it: its classes exist only while it is written."""
-    names = "pytorch_lightning", "pytorch_lightning.callbacks", "pytorch_lightning.callbacks.model_checkpoint"
-    for name in names:
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+def lightning(tmp_path):
+    from tests.lightning import save_checkpoint  # which imports torch
 
-    class ModelCheckpoint:
-        def __init__(self):
-            self.best = torch.tensor(0.25)
-            self.paths = {"a": [1, 2, (3,)]}
-
-    ModelCheckpoint.__module__, ModelCheckpoint.__qualname__ = names[-1], "ModelCheckpoint"
-    sys.modules[names[-1]].ModelCheckpoint = ModelCheckpoint
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
-    optimizer = torch.optim.AdamW(model.parameters())
-    model(torch.ones(1, 4)).sum().backward()
-    optimizer.step()
-    value = {
-        "epoch": 3,
-        "global_step": 470000,
-        "pytorch-lightning_version": "1.4.2",
-        "state_dict": model.state_dict(),
-        "callbacks": {ModelCheckpoint: {"state": ModelCheckpoint(), "best_score": np.float64(0.1)}},
-        "optimizer_states": [optimizer.state_dict()],
-        "lr_schedulers": [{"last": np.int64(3), "lrs": np.arange(3.0), "seen": {1, 2}, "frozen": frozenset((3,))}],
-        "rng": np.random.default_rng(0),
-        "path": Path("x"),
-        "big": 1 << 100,
-    }
-    path = save(tmp_path / "sd.ckpt", value)
-    for name in names:
-        monkeypatch.delitem(sys.modules, name)
-    return path, model
+    return save_checkpoint(tmp_path / "sd.ckpt", model.state_dict()), model
 
 
 def test_a_lightning_checkpoint(lightning):

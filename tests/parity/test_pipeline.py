@@ -13,9 +13,7 @@ from sd_jax.diffusion import draws
 from sd_jax.pipeline import SD
 from sd_jax.weights.convert import write_diffusers
 from tests.micro import MICRO, TOKENIZER, params, picture, pipeline
-
-torch = pytest.importorskip("torch")
-diffusers = pytest.importorskip("diffusers")
+from tests.parity.reference import assert_same_pictures, diffusers, torch
 
 STEPS, SIZE = 10, 32
 PROMPTS, NEGATIVE, GUIDANCE = ["a red cube", "a blue sphere behind a cone"], "a gray cylinder", 5.0
@@ -71,15 +69,6 @@ def inject(monkeypatch, kind):
         monkeypatch.setattr(sys.modules[module], "randn_tensor", lambda *args, noise=noise, **kwargs: noise)
 
 
-def assert_same(ours: np.ndarray, theirs: np.ndarray) -> None:
-    """Ten guided steps of float32 in another order: a value that lies on the edge of two levels may fall either way."""
-    theirs = np.round(theirs * 255).astype(np.uint8)
-    assert ours.shape == theirs.shape and theirs.std() > 10
-    difference = np.abs(ours.astype(int) - theirs)
-    print(f"{(difference > 0).mean():.2%} of the values differ, by {difference.max()} at most")
-    assert difference.max() <= 2 and (difference > 0).mean() <= 1e-3
-
-
 @pytest.mark.parametrize("sampler", SCHEDULERS)
 def test_text_to_image(referee, sampler):
     made = as_kind(diffusers.StableDiffusionPipeline, referee(MICRO))
@@ -98,7 +87,7 @@ def test_text_to_image(referee, sampler):
         height=SIZE,
         width=SIZE,
     )
-    assert_same(ours, theirs)
+    assert_same_pictures(ours, theirs)
 
 
 def test_image_to_image(referee, monkeypatch):
@@ -109,7 +98,7 @@ def test_image_to_image(referee, monkeypatch):
         PROMPTS, image=[Image.fromarray(image) for image in start], strength=0.65, **SETTINGS
     ).images
     ours = pipeline().image_to_image(PROMPTS, start, strength=0.65, seeds=SEEDS, steps=STEPS, guidance=GUIDANCE)
-    assert_same(ours, theirs)
+    assert_same_pictures(ours, theirs)
 
 
 @pytest.mark.parametrize("config", [MICRO, INPAINTING], ids=["4 channels", "9 channels"])
@@ -127,4 +116,4 @@ def test_inpaint(referee, monkeypatch, config):
         **SETTINGS,
     ).images
     ours = pipeline(config).inpaint(PROMPTS, start, MASK, seeds=SEEDS, steps=STEPS, guidance=GUIDANCE)
-    assert_same(ours, theirs)
+    assert_same_pictures(ours, theirs)

@@ -1,15 +1,12 @@
 """The embedded model is a diffusers folder: torch opens it, and makes the same pictures from the same noise."""
 
 import numpy as np
-import pytest
 
 import sd_jax
 from sd_jax.diffusion import draws
 from sd_jax.pipeline import starting_latents
 from sd_jax.weights.source import TINY
-
-torch = pytest.importorskip("torch")
-diffusers = pytest.importorskip("diffusers")
+from tests.parity.reference import assert_same_pictures, diffusers, torch
 
 PROMPTS = ["a red cube on top of a blue sphere", "a photo of a yellow cylinder to the left of a gray sphere"]
 
@@ -28,6 +25,4 @@ def test_diffusers_makes_the_same_pictures(highest):
         output_type="np",
     ).images
     images = ours.text_to_image(PROMPTS, seed=0, steps=10, guidance=3.0)
-    difference = np.abs(images.astype(int) - np.round(expected * 255).astype(int))
-    print(f"{(difference > 0).mean():.2%} of the values differ, by {difference.max()} at most")
-    assert difference.max() <= 2 and (difference > 0).mean() <= 1e-3
+    assert_same_pictures(images, expected)
