@@ -77,7 +77,9 @@ def _generate(args: argparse.Namespace) -> int:
     pipe = _load(args)
     settings = given(args, ("strength",)) | _fit(pictures, args, pipe.sd.config.vae.factor)
     options = Options(**given(args, OPTIONS)).resolved(pipe.sd.config.noise)
-    pipe.tokenizer.encode(args.prompts, long_prompt=options.long_prompt)
+    for name, texts in {"prompt": args.prompts, "negative prompt": options.negative}.items():
+        for sentence in pipe.tokenizer.encode(texts, long_prompt=options.long_prompt, name=name).warnings():
+            _say(f"warning: {sentence}")
 
     for_grid, bad = [], 0
     for start in range(0, len(jobs), args.batch_size):
@@ -99,8 +101,10 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
+    from sd_jax import checks
     from sd_jax.weights.convert import convert
 
+    checks.as_folder(Path(args.dest).parent)
     report = convert(args.source, args.dest, to=args.to, **given(args, SOURCE))
     for note in report.notes:
         _say(f"note: {note}")
@@ -129,10 +133,12 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from sd_jax import checks
     from sd_jax.train.config import load_config
     from sd_jax.train.loop import run
 
     config = load_config(args.configuration, args.overrides)
+    checks.as_folder(args.workdir)
     _say(_start_jax(args.device))
     return run(config, args.workdir, log=_say)
 
@@ -158,16 +164,19 @@ def _make(
     whatever it is made beside.
     """
     from sd_jax.pipeline import NotFinite
+    from sd_jax.tokenizer import TruncationWarning
 
     method = {"txt2img": pipe.text_to_image, "img2img": pipe.image_to_image, "inpaint": pipe.inpaint}[args.command]
     began = time.monotonic()
     prompts, seeds = (_fill(column, args.batch_size) for column in zip(*jobs, strict=True))
     shown = _is_slow(pipe) if args.progress is None else args.progress
     settings = settings | vars(options) | {"seeds": seeds, "progress": _Bar() if shown else None}
-    try:
-        images, spoilt = method(prompts, **settings), []
-    except NotFinite as error:
-        images, spoilt = error.images, error.bad
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TruncationWarning)  # said already, once and by the number on the command line
+        try:
+            images, spoilt = method(prompts, **settings), []
+        except NotFinite as error:
+            images, spoilt = error.images, error.bad
     _say(f"seed {', '.join(str(seed) for _, seed in jobs)}: {time.monotonic() - began:.1f} s")
     return images, spoilt
 
@@ -190,7 +199,9 @@ def _remember(args: argparse.Namespace) -> argparse.Namespace:
     from sd_jax.types import RequestError
 
     metadata = read_metadata(args.from_png)
-    if metadata.get("command") != args.command:
+    if "command" not in metadata:
+        raise RequestError(f"{args.from_png} was not made by this command line; give its settings as flags")
+    if metadata["command"] != args.command:
         raise RequestError(f"{args.from_png} was made by {metadata.get('command')}; use that instead of {args.command}")
     return parse(args.argv, metadata)
 
@@ -245,7 +256,8 @@ def _metadata(
     metadata |= {"revision": pipe.report.revision, "ema": pipe.report.ema, "dtype": pipe.sd.dtype}
     metadata |= {name: getattr(options, name) for name in OPTIONS}
     metadata |= {"height": image.shape[0], "width": image.shape[1]}
-    metadata |= {"dropped": pipe.tokenizer.encode(prompt, long_prompt=options.long_prompt).dropped[0] or None}
+    for name, text in {"dropped": prompt, "negative_dropped": options.negative}.items():
+        metadata[name] = pipe.tokenizer.encode(text, long_prompt=options.long_prompt).dropped[0] or None
     return {name: value for name, value in metadata.items() if value is not None}
 
 
@@ -296,8 +308,11 @@ def _start_jax(device: str | None) -> str:
     try:
         found, count = jax.default_backend(), jax.device_count()
     except (RuntimeError, AssertionError) as error:  # the second is jax's answer to JAX_PLATFORMS=cuda without a GPU
-        asked = os.environ.get("JAX_PLATFORMS", "")
-        raise RequestError(f"JAX_PLATFORMS is {asked!r}, and JAX finds no such device; unset it for a CPU") from error
+        asked, reason = os.environ.get("JAX_PLATFORMS"), (str(error).splitlines() or [type(error).__name__])[0]
+        advice = (
+            "set JAX_PLATFORMS=cpu for a CPU" if asked is None else f"JAX_PLATFORMS is {asked!r}, unset it for a CPU"
+        )
+        raise RequestError(f"JAX cannot start its device ({reason}); {advice}") from error
     if device not in (None, found):
         raise RequestError(
             f"--device {device}: JAX finds no {device} here, only a {found}; install the JAX that is made for it (and "

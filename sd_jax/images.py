@@ -112,8 +112,8 @@ def write_numbered(folder: str | Path, image: np.ndarray, seed: int, metadata: M
 
 
 def next_number(folder: str | Path) -> int:
-    """One more than the highest number of the ``<number>-<seed>.png`` files in ``folder``; 0 when there are none."""
-    taken = (re.fullmatch(r"(\d+)-\d+\.png", name) for name in os.listdir(folder))
+    """One more than the highest of the ``<number>-<seed>.png`` in ``folder`` and of their grids; 0 when there are none."""
+    taken = (re.fullmatch(r"(?:grid-)?(\d+)-\d+\.png", name) for name in os.listdir(folder))
     return max((int(match[1]) + 1 for match in taken if match), default=0)
 
 
@@ -271,7 +271,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         raise RequestError(f"{path} carries {found}; expected a PNG as sd_jax wrote it, not edited or saved anew")
     try:
         metadata = json.loads(texts["sd_jax"])
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # not JSON, a number of thousands of digits, or too deep
         raise RequestError(f"the sd_jax text of {path} is not JSON ({error}); it was changed after writing") from error
     if not isinstance(metadata, dict):
         raise RequestError(f"the sd_jax text of {path} is a {type(metadata).__name__}, not an object of settings")

@@ -30,7 +30,7 @@ from sd_jax.diffusion.samplers import Progress, make_sampler, sample
 from sd_jax.models.clip import CLIPText
 from sd_jax.models.unet import UNet
 from sd_jax.models.vae import VAE
-from sd_jax.tokenizer import Tokenizer
+from sd_jax.tokenizer import Tokenizer, TruncationWarning
 from sd_jax.types import Array, AttnEdit, LatentEdit, Params, RequestError, Sampler, Step
 from sd_jax.weights.source import Report, open_source
 
@@ -444,24 +444,23 @@ class Pipeline:
         self, prompts: list[str], negative: str | Sequence[str], b: int, guided: bool, long_prompt: str
     ) -> np.ndarray:
         """Tokens [b, 2, n, 77] of (negative, prompt), or [b, 1, n, 77] without guidance."""
-        sides = {"prompts": prompts}
+        sides = {"prompt": prompts}
         if guided:
-            sides = {"negative prompts": checks.listed(negative, "negative prompts"), **sides}
+            sides = {"negative prompt": checks.listed(negative, "negative prompts"), **sides}
         tokens = []
         for name, texts in sides.items():
-            tokens.append(checks.stack(self._tokens(texts, long_prompt, name), b, name))
+            # The warning is for the caller of text_to_image or its siblings, two calls up from here.
+            tokens.append(checks.stack(self._tokens(texts, long_prompt, name, stacklevel=5), b, f"{name}s"))
         n = max(side.shape[1] for side in tokens)
         empty = self.tokenizer.encode("").tokens  # [1, 1, 77], the chunks that the shorter side is filled up with
         return np.stack([np.concatenate([side, np.tile(empty, (b, n - side.shape[1], 1))], 1) for side in tokens], 1)
 
-    def _tokens(self, prompts: str | Sequence[str], long_prompt: str, name: str = "prompts") -> np.ndarray:
-        prefix = name.removesuffix("prompts")  # the tokenizer's sentences begin with the word prompt
-        try:
-            encoding = self.tokenizer.encode(prompts, long_prompt=long_prompt)
-        except RequestError as error:
-            raise RequestError(f"{prefix}{error}") from error
+    def _tokens(
+        self, prompts: str | Sequence[str], long_prompt: str, name: str = "prompt", stacklevel: int = 3
+    ) -> np.ndarray:
+        encoding = self.tokenizer.encode(prompts, long_prompt=long_prompt, name=name)
         for sentence in encoding.warnings():
-            warnings.warn(prefix + sentence, stacklevel=5)  # the caller of text_to_image and its siblings
+            warnings.warn(sentence, TruncationWarning, stacklevel)
         return encoding.tokens
 
     def _size(self, height: int | None, width: int | None, latents: np.ndarray | None) -> tuple[int, int]:

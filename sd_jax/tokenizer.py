@@ -37,6 +37,10 @@ _OPENAI_MERGES = 48894  # of the 262,144 in OpenAI's file; the vocabulary is mad
 _OPENAI_BYTES = 1 << 24  # no more than this is unpacked of a file that claims to be OpenAI's, which has 3.2 MB
 
 
+class TruncationWarning(UserWarning):
+    """Words at the end of a prompt were not read."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Encoding:
     """Tokens for the text encoder, and what did not fit in them.
@@ -49,11 +53,12 @@ class Encoding:
     tokens: np.ndarray
     lengths: tuple[int, ...]  # tokens in each prompt, BOS and EOS not counted, before truncation
     dropped: tuple[str, ...]  # the words at the end of each prompt that were not read; "" where all were
+    name: str = "prompt"  # what sentences about one call it
 
     def warnings(self) -> list[str]:
         """One sentence for each truncated prompt."""
         return [
-            f"{_too_long(i, length)}; these words were dropped: {_shorten(words)!r}"
+            f"{_too_long(self.name, i, length)}; these words were dropped: {_shorten(words)!r}"
             for i, (length, words) in enumerate(zip(self.lengths, self.dropped, strict=True))
             if words
         ]
@@ -119,20 +124,21 @@ class Tokenizer:
     def pad_id(self) -> int:
         return self.vocab[self.pad]
 
-    def encode(self, prompts: str | Sequence[str], *, long_prompt: str = "truncate") -> Encoding:
+    def encode(self, prompts: str | Sequence[str], *, long_prompt: str = "truncate", name: str = "prompt") -> Encoding:
         """Tokens of a prompt or of several. The empty prompt gives the unconditional tokens: BOS, EOS, padding.
 
         Args:
           prompts: text; a single string is a batch of one.
           long_prompt: what to do with more than 75 tokens: "truncate" reads the first 75 and names the dropped words in
             the result, "error" refuses, "chunk" reads them all, 75 at a time.
+          name: what errors and warnings call one of them.
 
         Raises:
           RequestError: a prompt is not text, or is too long under "error".
         """
         if long_prompt not in LONG_PROMPT:
             raise RequestError(f"long_prompt {long_prompt!r} is not one of {', '.join(LONG_PROMPT)}")
-        prompts = _as_list(prompts)
+        prompts = _as_list(prompts, name)
         encoded = [self._backend.encode(prompt) for prompt in prompts]
         lengths = tuple(len(e.ids) for e in encoded)
         dropped = tuple(_dropped(prompt, e) for prompt, e in zip(prompts, encoded, strict=True))
@@ -143,7 +149,7 @@ class Tokenizer:
         elif long_prompt == "error" and any(dropped):
             i = next(i for i, words in enumerate(dropped) if words)
             raise RequestError(
-                f"{_too_long(i, lengths[i])}; these words are too many: {_shorten(dropped[i])!r}; "
+                f"{_too_long(name, i, lengths[i])}; these words are too many: {_shorten(dropped[i])!r}; "
                 "shorten it, or set long_prompt to truncate or chunk"
             )
 
@@ -154,7 +160,7 @@ class Tokenizer:
                 ids = e.ids[c * ROOM : (c + 1) * ROOM]
                 row[1 : 1 + len(ids)] = ids
                 row[1 + len(ids)] = self.eos_id
-        return Encoding(tokens, lengths, dropped)
+        return Encoding(tokens, lengths, dropped, name)
 
     def positions(self, prompt: str, word: str) -> list[int]:
         """Where ``word`` (or several in a row) stands among the 77 tokens of ``prompt``: all tokens, all occurrences.
@@ -351,17 +357,17 @@ def _merges_for(words: Iterable[str]) -> list[tuple[str, str]]:
     return list(ranks)
 
 
-def _as_list(prompts: str | Sequence[str]) -> list[str]:
+def _as_list(prompts: str | Sequence[str], name: str = "prompt") -> list[str]:
     prompts = [prompts] if isinstance(prompts, str) else prompts
     if not isinstance(prompts, Sequence | np.ndarray) or isinstance(prompts, bytes) or len(prompts) == 0:
-        raise RequestError(f"prompts must be text or a list of texts, not {_shorten(repr(prompts))}")
+        raise RequestError(f"{name}s must be text or a list of texts, not {_shorten(repr(prompts))}")
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
-            raise RequestError(f"prompt {i} is {_shorten(repr(prompt))}, a {type(prompt).__name__}; it must be text")
+            raise RequestError(f"{name} {i} is {_shorten(repr(prompt))}, a {type(prompt).__name__}; it must be text")
         try:
             prompt.encode()
         except UnicodeEncodeError as error:
-            raise RequestError(f"prompt {i} has half a character at {error.start}; decode it as UTF-8") from error
+            raise RequestError(f"{name} {i} has half a character at {error.start}; decode it as UTF-8") from error
     return [str(prompt) for prompt in prompts]
 
 
@@ -373,8 +379,8 @@ def _dropped(prompt: str, encoded: tokenizers.Encoding) -> str:
     return prompt[encoded.offsets[first][0] :].rstrip(" \r\n")
 
 
-def _too_long(i: int, length: int) -> str:
-    return f"prompt {i} has {length} tokens and {ROOM} fit"
+def _too_long(name: str, i: int, length: int) -> str:
+    return f"{name} {i} has {length} tokens and {ROOM} fit"
 
 
 def _shorten(text: str, width: int = 200) -> str:

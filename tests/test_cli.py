@@ -13,7 +13,7 @@ from PIL import Image
 
 from sd_jax import cli, flags
 from sd_jax import pipeline as pl
-from sd_jax.images import grid, read_metadata
+from sd_jax.images import grid, read_metadata, write_png
 from sd_jax.weights.source import open_source
 from tests.micro import MICRO, SIZE, micro_file, picture, pipeline
 
@@ -63,6 +63,10 @@ def test_a_picture_is_the_same_whatever_it_is_made_beside(sd_jax_):
     np.testing.assert_array_equal(pixels(paths[3]), grid(images))
     _, (last,), _ = sd_jax_("txt2img", "a red cube", "--seed=2", "--batch-size=2")
     np.testing.assert_array_equal(pixels(last), images[2])
+    for path in (*paths[:3], last):
+        path.unlink()
+    status, paths, _ = sd_jax_("txt2img", "a red cube", "--batch-size=2", "--grid")
+    assert status == 0 and [path.name for path in paths] == ["00001-0.png", "grid-00001-0.png"], "no grid is replaced"
 
 
 def test_from_png_makes_the_picture_again(sd_jax_):
@@ -76,6 +80,13 @@ def test_from_png_makes_the_picture_again(sd_jax_):
     assert not np.array_equal(pixels(other), pixels(path))
     _, (other,), _ = sd_jax_("txt2img", "a cone", "--from-png", str(path))
     assert read_metadata(other) == read_metadata(path) | {"prompt": "a cone"}
+
+
+def test_from_png_of_another_making(sd_jax_):
+    write_png("a.png", picture("a"), {"prompt": "a cone", "seed": 1})
+    status, paths, err = sd_jax_("txt2img", "--from-png", "a.png")
+    assert status == 2 and not paths
+    assert err == "error: a.png was not made by this command line; give its settings as flags\n"
 
 
 def test_metadata(sd_jax_):

@@ -302,6 +302,15 @@ def test_a_recipe_goes_on_from_a_model_or_from_nothing(init_from, tmp_path, monk
     assert calls == [(name, start, init_from) for name, start in zip(names, held, strict=True)]
 
 
+def test_a_shortened_recipe_is_the_same_but_for_its_length():
+    shortened = runpy.run_path(str(TINY.parents[1] / "tools" / "train_tiny.py"))["shortened"]
+    recipe = load_config(TINY, ["init_from=tiny", "data.scenes=10"])
+    assert shortened(recipe, 1.0) == recipe
+    short = shortened(recipe, 0.01)
+    assert short.init_from == "tiny" and short.model == recipe.model
+    assert short.vae.steps == round(recipe.vae.steps * 0.01) and short.diffusion.repeats == recipe.diffusion.repeats
+
+
 @pytest.mark.full
 def test_the_recipe_makes_a_model_from_nothing(tmp_path):
     """Every real task compiles and runs, and hands over to the next; interrupted once on the way."""

@@ -74,15 +74,17 @@ def shortened(recipe: Recipe, scale: float) -> Recipe:
         optimizer = dataclasses.replace(run.optimizer, warmup=int(run.optimizer.warmup * scale))
         return dataclasses.replace(run, steps=max(1, round(run.steps * scale)), optimizer=optimizer)
 
+    if scale == 1:
+        return recipe
     data = dataclasses.replace(recipe.data, scenes=max(64, round(recipe.data.scenes * min(scale, 1.0))))
     runs = {name: shorter(getattr(recipe, name)) for name in ("vae", "polish", "text", "diffusion")}
-    return Recipe(recipe.model, data, **runs)
+    return dataclasses.replace(recipe, data=data, **runs)
 
 
 def write_model(folder: str | Path, config: SDConfig, params: Params, tokenizer: Tokenizer) -> None:
     """The model (``params``: clip, unet, vae) as a diffusers folder in float16, in place of what is there.
 
-    Raises RequestError if it is larger than what may be embedded in the package.
+    Raises RequestError if its parameters alone are larger than what may be embedded in the package.
     """
     leaves = jax.tree.leaves({name: params[name] for name in ("clip", "unet", "vae")})
     count = sum(leaf.size for leaf in leaves)

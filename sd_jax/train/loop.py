@@ -124,7 +124,8 @@ def _loop(
     optimizer = make_optimizer(config.optimizer, config.steps)
     init = jax.jit(lambda params: init_state(params, optimizer), out_shardings=everywhere)
     saved = workdir / "checkpoints"
-    state, first = _resume(saved, init, trainable, everywhere, log)
+    state, last = _resume(saved, init, trainable, everywhere, log)
+    first = last or 0
     recorder = Recorder(workdir, config, task.examples.ids, first, log)
 
     def step(state, frozen, batch, key):
@@ -140,9 +141,11 @@ def _loop(
     key = jax.random.key(config.seed)
 
     def save(done: int) -> None:
+        nonlocal last
         recorder.flush()
-        if checkpoint.latest(saved) != done:  # as when interrupted just after resuming
+        if done != last:  # as when interrupted just after saving or resuming
             checkpoint.save(saved, done, state, {"config": dataclasses.asdict(config)}, keep=config.keep)
+            last = done
 
     for done in range(first, config.steps):
         if stop():
@@ -175,12 +178,12 @@ def _check_folder(workdir: Path, config: TrainConfig) -> None:
 
 def _resume(
     folder: Path, init: Callable, trainable: Params, sharding: NamedSharding, log: Log | None
-) -> tuple[TrainState, int]:
-    """-> (the state to go on from, the steps that are done)."""
+) -> tuple[TrainState, int | None]:
+    """-> (the state to go on from, the step that was restored if one was)."""
     if checkpoint.latest(folder) is None:
         if folder.exists() and any(folder.iterdir()):
             warnings.warn(f"no checkpoint in {folder} was ever finished; starting at step 0", stacklevel=2)
-        return init(trainable), 0
+        return init(trainable), None
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), jax.eval_shape(init, trainable)
     )

@@ -33,7 +33,8 @@ def command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cli, "_cache_folder", lambda: None)
 
     def run(*argv: str) -> tuple[int, list[str], str]:
-        status = cli.main([argv[0], f"--model={micro_file()}", f"--steps={STEPS}", *argv[1:]])
+        model = [f"--model={micro_file()}", f"--steps={STEPS}"] if argv[0] in ("txt2img", "img2img", "inpaint") else []
+        status = cli.main([argv[0], *model, *argv[1:]])
         out, err = capsys.readouterr()
         return status, out.splitlines(), err
 
@@ -62,6 +63,16 @@ def test_f05_the_output_folder_is_tried_before_a_model_is_loaded(command, monkey
     assert status == 2 and not paths and err.count("\n") == 1
     assert err.startswith(f"error: nothing can be written to the folder {out!r}: ") and err.endswith("choose another\n")
     assert ("is a file" in err) == ("file" in out)
+
+
+def test_f05_a_file_where_a_folder_is_wanted(command):
+    Path("file").write_text("something")
+    Path("config.py").write_text("from sd_jax.train.config import TrainConfig\n\nget_config = TrainConfig\n")
+    for argv in (("convert", str(micro_file()), "file/out"), ("train", "config.py", "--workdir=file")):
+        status, paths, err = command(*argv)
+        assert status == 2 and not paths
+        said = "nothing can be written to the folder 'file': it, or a part of its path, is a file; choose another"
+        assert err == f"error: {said}\n"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -101,6 +112,10 @@ def test_f13_dropped_words_are_said_and_recorded(command):
     long = "red " * 40 + "cube"
     status, (path,), err = command("txt2img", long)
     assert status == 0 and "warning: prompt 0 has" in err and "cube" in read_metadata(path)["dropped"]
+    status, paths, err = command("txt2img", "a cone", long, f"--negative={long}s", "--batch-size=3", "--out=b")
+    warned = [line.partition(" has ")[0] for line in err.splitlines() if line.startswith("warning: ")]
+    assert warned == ["warning: prompt 1", "warning: negative prompt 0"], "once each, however they are batched"
+    assert "cubes" in read_metadata(paths[0])["negative_dropped"] and "dropped" not in read_metadata(paths[0])
     status, paths, err = command("txt2img", "a cone", long, "--long-prompt=error")
     assert status == 2 and not paths and err.splitlines()[-1].startswith("error: prompt 1 has")
     status, _, err = command("txt2img", "a cone", f"--negative={long}", "--long-prompt=error")

@@ -99,6 +99,25 @@ def test_f41_killed_in_its_first_save(tmp_path):
     assert curve(tmp_path / "cut") == curve(tmp_path / "calm")
 
 
+@pytest.mark.parametrize("after", [0, 4])
+def test_f41_interrupted_where_the_newest_checkpoint_is_damaged(tmp_path, after):
+    """Resumed at step 4 of 8: just then, and where the step that was damaged is reached again."""
+    config = toy_training.config(steps=10)
+    train(config, tmp_path / "calm")
+    with pytest.raises(Interrupted):
+        train(config, tmp_path / "cut", stop=at_step(9, lambda: True))
+    saved = tmp_path / "cut" / "checkpoints"
+    shutil.rmtree(saved / "00000009")
+    damaged = max((saved / "00000008" / "state").rglob("*"), key=lambda file: file.is_file() and file.stat().st_size)
+    damaged.write_bytes(bytes(damaged.stat().st_size))
+    with pytest.warns(UserWarning, match="restoring step 4"), pytest.raises(Interrupted):
+        train(config, tmp_path / "cut", stop=at_step(after, lambda: True))
+    assert checkpoint.problems(saved, 4 + after) == []
+    shutil.rmtree(saved / f"{8 if after == 0 else 4:08d}")
+    train(config, tmp_path / "cut")
+    assert curve(tmp_path / "cut") == curve(tmp_path / "calm")
+
+
 def test_f42_resumed_on_another_number_of_devices(tmp_path):
     config = toy_training.config()
     with pytest.raises(Interrupted):
@@ -112,11 +131,24 @@ def test_f42_resumed_on_another_number_of_devices(tmp_path):
         train(toy_training.config(batch_size=12), tmp_path / "12", devices=8)
 
 
-def test_f42_the_devices_share_the_batch():
-    """A mesh program can run in full on each device without a word."""
-    mesh = loop._mesh(jax.devices(), 16)
-    batch = jax.device_put(np.zeros((16, 3)), jax.NamedSharding(mesh, jax.P("data")))
-    assert {shard.data.shape for shard in batch.addressable_shards} == {(2, 3)}
+def test_f42_the_devices_share_the_batch(tmp_path, monkeypatch):
+    """A mesh program can run in full on each device without a word: the loss is told how much of the batch it has."""
+    seen = []
+
+    def make_task(config, *args, **kwargs):
+        task = toy_training.make_task(config, *args, **kwargs)
+
+        def loss(params, batch, key):
+            jax.debug.inspect_array_sharding(
+                batch["x"], callback=lambda sharding: seen.append(sharding.shard_shape(batch["x"].shape))
+            )
+            return task.loss(params, batch, key)
+
+        return dataclasses.replace(task, loss=loss)
+
+    monkeypatch.setattr(loop, "make_task", make_task)
+    train(toy_training.config(steps=1, batch_size=16), tmp_path, devices=8)
+    assert set(seen) == {(2, 3)}
 
 
 def test_f43_resumed_in_the_middle_of_an_epoch():
