@@ -308,11 +308,10 @@ def _start_jax(device: str | None) -> str:
     try:
         found, count = jax.default_backend(), jax.device_count()
     except (RuntimeError, AssertionError) as error:  # the second is jax's answer to JAX_PLATFORMS=cuda without a GPU
-        asked, reason = os.environ.get("JAX_PLATFORMS"), (str(error).splitlines() or [type(error).__name__])[0]
-        advice = (
-            "set JAX_PLATFORMS=cpu for a CPU" if asked is None else f"JAX_PLATFORMS is {asked!r}, unset it for a CPU"
-        )
-        raise RequestError(f"JAX cannot start its device ({reason}); {advice}") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        asked = os.environ.get("JAX_PLATFORMS")
+        advice = "set JAX_PLATFORMS=cpu" if asked is None else f"JAX_PLATFORMS is {asked!r}, unset it"
+        raise RequestError(f"JAX cannot start its device ({reason}); {advice} for a CPU") from error
     if device not in (None, found):
         raise RequestError(
             f"--device {device}: JAX finds no {device} here, only a {found}; install the JAX that is made for it (and "
