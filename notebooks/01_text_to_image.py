@@ -68,7 +68,7 @@ def show(images, columns=4, scale=2):
 # ## A sentence, a picture
 #
 # A list of prompts gives a batch of pictures, uint8 `[B, height, width, 3]`. `guidance` says how closely to follow the
-# prompt: for this model 3 is good, for v1-4 it is 7.5, the default.
+# prompt: each checkpoint has its own, 3 for this model and 7.5 for v1-4, which is taken where you leave it out.
 
 # %%
 STEPS, GUIDANCE = 15, 3.0

@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # what is slow to import is imported when it is used; --help 
     import numpy as np
 
     from sd_jax.pipeline import Options, Pipeline
+    from sd_jax.weights.source import Report
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 
@@ -108,13 +109,34 @@ def _convert(args: argparse.Namespace) -> int:
     report = convert(args.source, args.dest, to=args.to, **given(args, SOURCE))
     for note in report.notes:
         _say(f"note: {note}")
-    if report.ignored:
-        _say(f"note: left out, for they are no weights: {', '.join(report.ignored)}")
+    _say_ignored(report)
     print(args.dest)
     return DONE
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    return {"compositional": _compositional, "reconstruction": _reconstruction}[args.measure](args)
+
+
+def _reconstruction(args: argparse.Namespace) -> int:
+    import numpy as np
+
+    from sd_jax.evaluate.reconstruction import psnr
+    from sd_jax.images import to_uint8
+    from sd_jax.train.scenes import dataset
+
+    pipe = _load(args)
+    images, _ = dataset(args.n, args.seed, "any", pipe.sd.config.default_size)
+
+    def reconstruct(images: np.ndarray) -> np.ndarray:
+        return np.asarray(to_uint8(pipe.decode(pipe.encode_image(images))))
+
+    found = psnr(reconstruct, images, min(args.n, args.batch_size))
+    print(f"{found.mean():.2f} dB, from {found.min():.2f} to {found.max():.2f}, over {len(found)} scenes")
+    return DONE
+
+
+def _compositional(args: argparse.Namespace) -> int:
     from sd_jax.evaluate.compositional import evaluate, table
     from sd_jax.train.scenes import benchmark_captions
 
@@ -169,8 +191,7 @@ def _make(
     method = {"txt2img": pipe.text_to_image, "img2img": pipe.image_to_image, "inpaint": pipe.inpaint}[args.command]
     began = time.monotonic()
     prompts, seeds = (_fill(column, args.batch_size) for column in zip(*jobs, strict=True))
-    shown = _is_slow(pipe) if args.progress is None else args.progress
-    settings = settings | vars(options) | {"seeds": seeds, "progress": _Bar() if shown else None}
+    settings = settings | vars(options) | {"seeds": seeds, "progress": args.progress}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TruncationWarning)  # said already, once and by the number on the command line
         try:
@@ -179,13 +200,6 @@ def _make(
             images, spoilt = error.images, error.bad
     _say(f"seed {', '.join(str(seed) for _, seed in jobs)}: {time.monotonic() - began:.1f} s")
     return images, spoilt
-
-
-def _is_slow(pipe: Pipeline) -> bool:
-    """A network of v1's size on a CPU: a picture takes minutes, beside which it is little to compile anew."""
-    import jax
-
-    return jax.default_backend() == "cpu" and sum(leaf.size for leaf in jax.tree.leaves(pipe.params["unet"])) > 1e8
 
 
 def _fill(values: Sequence[Any], count: int) -> list[Any]:
@@ -290,6 +304,7 @@ def _load(args: argparse.Namespace) -> Pipeline:
     for warning in caught:
         if not issubclass(warning.category, LicenceNotice) or _first_time("licence-notice"):
             _say(f"warning: {warning.message}")
+    _say_ignored(pipe.report)
     _say(f"{args.model} in {pipe.sd.dtype} on {devices}, from seed {args.seed}")
     return pipe
 
@@ -354,17 +369,16 @@ def _first_time(what: str) -> bool:
 # ---- talking -------------------------------------------------------------------------------------------------------
 
 
+def _say_ignored(report: Report) -> None:
+    """What a file holds besides weights, none of which was used."""
+    for what, names in {
+        "left out, for they are no weights": report.ignored,
+        "named in its pickle, and not run": report.foreign,
+    }.items():
+        if names:
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            _say(f"note: {what}: {', '.join(names[:8])}{more}")
+
+
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-class _Bar:
-    """Evaluations done of all: a bar that is drawn over itself on a terminal, a line for each tenth elsewhere."""
-
-    def __call__(self, done: int, total: int) -> None:
-        if sys.stderr.isatty():
-            full = 30 * done // total
-            end = "\n" if done == total else ""
-            print(f"\r[{'#' * full}{'.' * (30 - full)}] {done}/{total}", end=end, file=sys.stderr, flush=True)
-        elif 10 * done // total > 10 * (done - 1) // total:
-            _say(f"step {done} of {total}")

@@ -168,6 +168,27 @@ _NOISE_FIXED = {
     "use_flow_sigmas": (False,),
     "use_lu_lambdas": (False,),
 }
+# And those of single schedulers: each of our samplers is one of the forms that its scheduler has.
+_SCHEDULER_FIXED = {
+    "PNDMScheduler": {"skip_prk_steps": (True,)},
+    "DDPMScheduler": {"variance_type": ("fixed_small", "fixed_small_log")},
+    "DPMSolverMultistepScheduler": {
+        "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
+        "solver_order": (2,),
+        "solver_type": ("midpoint", "bh1", "bh2"),  # diffusers takes the last two for the first
+        "lower_order_final": (True,),
+        "euler_at_final": (False,),
+        "final_sigmas_type": ("zero",),
+    },
+    "UniPCMultistepScheduler": {
+        "solver_order": (2,),
+        "solver_type": ("bh2", "midpoint"),  # diffusers takes the second for the first
+        "predict_x0": (True,),
+        "lower_order_final": (True,),
+        "disable_corrector": ([],),
+        "final_sigmas_type": ("zero",),
+    },
+}
 _GUIDANCE = "_guidance"  # ours: diffusers has no place for it, and reads over what begins with an underscore
 _DOWN_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
 
@@ -299,6 +320,7 @@ def _noise_from(j: dict[str, Any]) -> NoiseConfig:
     name = j.get("_class_name", "PNDMScheduler")
     if name not in _SCHEDULERS:
         raise RequestError(f"scheduler: {name} is not known; expected one of {', '.join(sorted(_SCHEDULERS))}")
+    _refuse("scheduler", j, _SCHEDULER_FIXED.get(name, {}))
     sampler = _SCHEDULERS[name]
     if sampler == "dpmpp_2m" and j.get("algorithm_type") == "sde-dpmsolver++":
         sampler = "dpmpp_2m_sde"

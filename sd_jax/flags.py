@@ -21,7 +21,10 @@ def parse(argv: Sequence[str], metadata: Mapping[str, Any] | None = None) -> arg
     on stderr, for what is not understood.
     """
     flags = []
+    other = any(arg.partition("=")[0] == "--model" for arg in argv)  # of which nothing that is said of one holds
     for name in REMEMBERED if metadata else ():
+        if other and name in ("config", "tokenizer", "ema", "revision"):
+            continue
         if (value := metadata.get(name)) is not None:
             value = {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
             flags.append(f"--{name.replace('_', '-')}={value}")
@@ -76,7 +79,14 @@ def _parser() -> argparse.ArgumentParser:
     text = "do pictures of coloured solids show what their captions say?"
     solids = command(measures, "compositional", text, files, _model_flag(), place, sampling)
     solids.add_argument("--n", type=_count, default=100, metavar="N", help="captions in each of four groups (100)")
-    solids.add_argument("--batch-size", type=_count, default=32, metavar="N", help="pictures made at once (32)")
+    text = "how well do pictures of coloured solids survive the autoencoder? The ratio of signal to noise, in dB"
+    pictures = command(measures, "reconstruction", text, files, _model_flag(), place)
+    pictures.add_argument("--n", type=_count, default=256, metavar="N", help="scenes (256)")
+    pictures.add_argument(
+        "--seed", type=int, default=10_000, metavar="N", help="of the scenes; the model has seen 0 (10000)"
+    )
+    for measure in (solids, pictures):
+        measure.add_argument("--batch-size", type=_count, default=32, metavar="N", help="pictures made at once (32)")
     return parser
 
 

@@ -112,7 +112,7 @@ def write_numbered(folder: str | Path, image: np.ndarray, seed: int, metadata: M
 
 
 def next_number(folder: str | Path) -> int:
-    """One more than the highest of the ``<number>-<seed>.png`` in ``folder`` and of their grids; 0 if there are none."""
+    """One more than the highest of the ``<number>-<seed>.png`` and their grids in ``folder``; 0 if there are none."""
     taken = (re.fullmatch(r"(?:grid-)?(\d+)-\d+\.png", name) for name in os.listdir(folder))
     return max((int(match[1]) + 1 for match in taken if match), default=0)
 

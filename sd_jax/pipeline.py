@@ -30,8 +30,10 @@ from sd_jax.diffusion.samplers import Progress, make_sampler, sample
 from sd_jax.models.clip import CLIPText
 from sd_jax.models.unet import UNet
 from sd_jax.models.vae import VAE
+from sd_jax.progress import Bar
 from sd_jax.tokenizer import Tokenizer, TruncationWarning
 from sd_jax.types import Array, AttnEdit, LatentEdit, Params, RequestError, Sampler, Step
+from sd_jax.weights.parameters import DTYPES
 from sd_jax.weights.source import Report, open_source
 
 # ---- the pure functions --------------------------------------------------------------------------------------------
@@ -77,7 +79,7 @@ def make_plan(
 ) -> Plan:
     """Lay the time grid out, on the host. ``strength`` below 1 leaves the first steps out.
 
-    ``sampler`` is a name of SAMPLERS or a sampler itself (``eta`` is for the name); None is the checkpoint's own, and
+    ``sampler`` is a name of SAMPLERS or a sampler itself (which has its own ``eta``); None is the checkpoint's own, and
     so is a ``spacing`` of None. Raises RequestError for what no grid or sampler allows.
     """
     if not (math.isfinite(eta) and 0 <= eta <= 1):
@@ -85,6 +87,10 @@ def make_plan(
     chosen = noise.sampler if sampler is None else sampler
     if isinstance(chosen, str):
         chosen = make_sampler(chosen, np.float32(eta))
+    elif isinstance(chosen, type) or not (hasattr(chosen, "init") and hasattr(chosen, "step")):
+        raise RequestError(f"sampler {chosen!r} is no sampler; give a name, or an object with init and step: DDIM()")
+    elif eta != 0:
+        raise RequestError(f"eta {eta} is for the name 'ddim', and the sampler given is {chosen!r}; set its own eta")
     start = schedule.start_at(steps, strength)
     grid = schedule.time_grid(noise, steps, chosen, spacing, start=start)
     scale = schedule.start_scale(noise, grid, chosen, spacing)
@@ -300,7 +306,9 @@ class Options:
     rescale: float | Sequence[float] = 0.0  # phi of Lin et al. 2023, against over-exposure; 0 is off
     long_prompt: str = "truncate"  # (with a warning), "error" or "chunk"
     attn_edit: AttnEdit | None = None
-    progress: Callable[[int, int], None] | None = None  # told (evaluations done, evaluations in all) as work goes on
+    # Told (evaluations done, evaluations in all) as work goes on. True is a bar on stderr, False none, and None one
+    # where a step takes seconds: JAX does not keep the compiled programs of runs that tell.
+    progress: Callable[[int, int], None] | bool | None = None
 
     def resolved(self, noise: NoiseConfig) -> Options:
         """With the checkpoint's own sampler and guidance where none was asked for."""
@@ -313,7 +321,8 @@ class Pipeline:
     """A model with its parameters and tokenizer. Methods check the request, encode it, and call the pure functions.
 
     Changing prompts, negatives, seeds, guidance (but for the step from and to 1), eta, images or masks compiles
-    nothing; sizes, batch size, the number of steps and the sampler do.
+    nothing. Sizes, batch size, the number of steps and the sampler do; and, once each way, whether there are
+    ``latents``, ``rescale``, an edit, ``progress``, or more chunks of a prompt.
     """
 
     sd: SD
@@ -321,6 +330,12 @@ class Pipeline:
     tokenizer: Tokenizer
     report: Report | None = None  # where the weights came from
     _progress: Progress = dataclasses.field(default_factory=Progress, repr=False)
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether a step takes seconds: a network of v1's size on a CPU. Compiling anew is little beside that."""
+        count = sum(leaf.size for leaf in jax.tree.leaves(self.params.get("unet")))
+        return jax.default_backend() == "cpu" and count > 1e8
 
     def text_to_image(
         self, prompts: str | Sequence[str], *, height: int | None = None, width: int | None = None, **options: Any
@@ -381,11 +396,15 @@ class Pipeline:
     def encode_image(self, image: np.ndarray) -> Array:
         """uint8 [B,H,W,3] (or float in [-1,1]) -> scaled latents [B,h,w,C], the posterior's mean."""
         image = np.asarray(image)
-        image = im.from_uint8(checks.as_images(image, self.sd.config.vae.factor)) if image.dtype == np.uint8 else image
+        whole = checks.as_images(image, self.sd.config.vae.factor, image.dtype if image.dtype.kind == "f" else np.uint8)
+        image = im.from_uint8(whole) if whole.dtype == np.uint8 else whole
         return _encode_image(self.sd, self.params, image)
 
     def decode(self, latents: Array) -> Array:
         """Scaled latents [B,h,w,C] -> float32 images [B,H,W,3] in about [-1,1]; ``images.to_uint8`` makes pixels."""
+        channels = self.sd.config.vae.latent_channels
+        if jnp.ndim(latents) != 4 or jnp.shape(latents)[-1] != channels:
+            raise RequestError(f"latents are {list(jnp.shape(latents))}; give [B, h, w, {channels}]")
         return _decode(self.sd, self.params, latents)
 
     def _run(
@@ -398,8 +417,14 @@ class Pipeline:
         **static: Any,
     ) -> np.ndarray:
         """Check the request, make every argument an array with a row per image, and run the jitted ``name``."""
-        o = o.resolved(self.sd.config.noise)
-        plan = make_plan(self.sd.config.noise, o.steps, o.sampler, o.spacing, o.eta, strength)
+        c = self.sd.config
+        if name != "inpaint" and c.unet.in_channels != c.vae.latent_channels:
+            raise RequestError(
+                f"this is the inpainting model, whose UNet has {c.unet.in_channels} input channels; use inpaint, or "
+                f"load a model of {c.vae.latent_channels}"
+            )
+        o = o.resolved(c.noise)
+        plan = make_plan(c.noise, o.steps, o.sampler, o.spacing, o.eta, strength)
         pictures = pictures or {}
         prompts = checks.listed(prompts, "prompts")
         seeds = [None] if o.seeds is None else checks.listed(o.seeds, "seeds")
@@ -409,8 +434,7 @@ class Pipeline:
             rows["images"] = im.from_uint8(rows["images"])
         if o.latents is not None:
             size = rows["images"].shape[1:3] if "images" in rows else None
-            vae = self.sd.config.vae
-            rows["latents"] = checks.as_latents(o.latents, b, vae.factor, vae.latent_channels, size)
+            rows["latents"] = checks.as_latents(o.latents, b, c.vae.factor, c.vae.latent_channels, size)
         if "size" in static:
             static["size"] = self._size(*static["size"], rows.get("latents"))
         seeds = [o.seed + i for i in range(b)] if o.seeds is None else checks.spread(seeds, b, "seeds")
@@ -422,10 +446,10 @@ class Pipeline:
             rows["rescale"] = rescale
         rows["tokens"] = self._pairs(prompts, o.negative, b, guided, o.long_prompt)
 
-        on_step = None
-        if o.progress is not None:
-            total = len(plan.steps.i)
-            self._progress.listener = lambda row: o.progress(row + 1, total)
+        on_step, tell = None, self.is_slow if o.progress is None else o.progress
+        if tell:
+            tell, total = Bar() if tell is True else tell, len(plan.steps.i)
+            self._progress.listener = lambda row: tell(row + 1, total)
             on_step = self._progress
         pixels, finite = RUN[name](self.sd, self.params, plan, attn_edit=o.attn_edit, on_step=on_step, **rows, **static)
         pixels = np.asarray(pixels)
@@ -475,8 +499,6 @@ class Pipeline:
 
 
 # ---- loading -------------------------------------------------------------------------------------------------------
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 class LicenceNotice(UserWarning):

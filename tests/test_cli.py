@@ -6,7 +6,6 @@ import sys
 import warnings
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -109,23 +108,9 @@ def test_progress(sd_jax_, monkeypatch):
 
     assert told("--progress") == [f"step {i} of 3" for i in (1, 2, 3)]
     assert told() == [], "it would be compiled anew for nothing"
-    monkeypatch.setattr(cli, "_is_slow", lambda pipe: True)
+    monkeypatch.setattr(pl.Pipeline, "is_slow", True)
     assert told() == [f"step {i} of 3" for i in (1, 2, 3)]
     assert told("--no-progress") == []
-
-
-def test_a_step_is_slow_where_the_model_is_large():
-    sd, wide = pipeline().sd, jax.ShapeDtypeStruct((20_000, 10_000), np.float32)
-    assert cli._is_slow(pl.Pipeline(sd, {"unet": {"kernel": wide}}, None))
-    assert not cli._is_slow(pipeline())
-
-
-def test_the_bar_of_a_terminal(monkeypatch, capsys):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    bar = cli._Bar()
-    bar(1, 3)
-    bar(3, 3)
-    assert capsys.readouterr().err == f"\r[{'#' * 10}{'.' * 20}] 1/3\r[{'#' * 30}] 3/3\n"
 
 
 # ---- pictures from pictures ------------------------------------------------------------------------------------------
@@ -189,6 +174,9 @@ def test_evaluate(sd_jax_, capsys):
     out, err = capsys.readouterr()
     assert out.startswith("| | images | colours |") and "| one object | 1 |" in out
     assert "4 pictures, " in err
+    assert cli.main(["evaluate", "reconstruction", f"--model={micro_file()}", "--n=3", "--batch-size=2"]) == 0
+    out, _ = capsys.readouterr()
+    assert out.endswith(" over 3 scenes\n") and 0 < float(out.split()[0]) < 60
 
 
 def test_train(sd_jax_, monkeypatch):
@@ -210,7 +198,7 @@ def test_train(sd_jax_, monkeypatch):
 # ---- talking and stopping --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["", *cli.COMMANDS, "evaluate compositional"])
+@pytest.mark.parametrize("command", ["", *cli.COMMANDS, "evaluate compositional", "evaluate reconstruction"])
 def test_help(command, capsys):
     assert cli.main([*command.split(), "--help"]) == 0
     assert "usage: sd-jax" in capsys.readouterr().out

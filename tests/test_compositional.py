@@ -37,7 +37,7 @@ def degrade(image, rng):
 
 def test_true_captions_are_accepted(renders):
     accepted = [judge(image, claim).everything for claim, image in renders]
-    assert np.mean(accepted) > 0.985  # 2,100 other renders: 99.7 %
+    assert np.mean(accepted) >= 0.99  # 2,100 other renders: 99.7 %
 
 
 def test_soft_and_noisy_pictures_are_judged_as_well(renders):

@@ -136,6 +136,10 @@ def test_round_trip(config):
         ("scheduler", {"prediction_type": "sample"}),
         ("scheduler", {"beta_schedule": "squaredcos_cap_v2"}),
         ("scheduler", {"_class_name": "FlowMatchEulerDiscreteScheduler"}),
+        ("scheduler", {"skip_prk_steps": False}),
+        ("scheduler", {"algorithm_type": "dpmsolver", "_class_name": "DPMSolverMultistepScheduler"}),
+        ("scheduler", {"solver_order": 3, "_class_name": "UniPCMultistepScheduler"}),
+        ("scheduler", {"variance_type": "learned", "_class_name": "DDPMScheduler"}),
         ("text_encoder", {"hidden_act": "relu"}),
     ],
 )

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1] / "sd_jax"
 # From the contracts down to the command line. A module sees the ranks above its own, and the group it stands in.
 RANKS = (
     ({"config", "types"},),
-    ({"tokenizer", "images", "parallel", "checks"}, {"models"}, {"diffusion"}),
+    ({"tokenizer", "images", "parallel", "checks", "progress"}, {"models"}, {"diffusion"}),
     ({"weights"},),
     ({"pipeline"},),
     ({"batch"}, {"safety"}, {"train"}, {"evaluate"}, {"research"}),

@@ -78,5 +78,5 @@ def test_the_embedded_model_goes_along():
     patterns = re.search(r'package_data=\{"sd_jax": (\[.+?\])\}', (ROOT / "setup.py").read_text())[1]
     package = ROOT / "sd_jax"
     files = {path for path in (package / "tiny").rglob("*") if path.is_file()}
-    assert files
+    assert files and sum(path.stat().st_size for path in files) <= 24_000_000
     assert files == {path for pattern in ast.literal_eval(patterns) for path in package.glob(pattern) if path.is_file()}

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import inspect
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ import sd_jax
 from sd_jax import images as im
 from sd_jax import pipeline as pl
 from sd_jax.diffusion import draws
+from sd_jax.diffusion.singlestep import DDIM
 from sd_jax.pipeline import RUN, SD, NotFinite, Pipeline, make_plan
 from sd_jax.types import RequestError
 from sd_jax.weights.convert import write_diffusers, write_native
@@ -200,6 +200,32 @@ def test_pictures_that_do_not_fit(images, masks, message):
         pipeline().inpaint(PROMPTS, images, masks)
 
 
+@pytest.mark.parametrize("method", ["text_to_image", "image_to_image"])
+def test_the_inpainting_model_only_inpaints(method):
+    pictures = [picture("a")] if method == "image_to_image" else []
+    with pytest.raises(RequestError, match="inpainting model, whose UNet has 9 input channels; use inpaint, or load"):
+        getattr(pipeline(INPAINTING), method)("a cone", *pictures)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"sampler": DDIM(), "eta": 0.5}, "eta 0.5 is for the name 'ddim', and the sampler given is DDIM"),
+        ({"sampler": DDIM}, "is no sampler; give a name, or an object with init and step"),
+        ({"sampler": 3}, "sampler 3 is no sampler"),
+    ],
+)
+def test_samplers_that_are_none(options, message):
+    with pytest.raises(RequestError, match=message):
+        pipeline().text_to_image("a cone", **options)
+
+
+def test_a_step_is_slow_where_the_model_is_large():
+    wide = jax.ShapeDtypeStruct((20_000, 10_000), np.float32)
+    assert Pipeline(SD(MICRO), {"unet": {"kernel": wide}}, None).is_slow
+    assert not pipeline().is_slow
+
+
 # ---- the parts -------------------------------------------------------------------------------------------------------
 
 
@@ -212,6 +238,11 @@ def test_the_parts_of_the_pipeline():
     assert latents.shape == (1, SIZE // 2, SIZE // 2, 4)
     np.testing.assert_allclose(pipe.encode_image(im.from_uint8(picture("a")[None])), latents, atol=1e-6)
     assert pipe.decode(latents).shape == (1, SIZE, SIZE, 3)
+    for image in (np.zeros((1, SIZE + 1, SIZE, 3), np.float32), np.zeros((1, SIZE, SIZE, 3), np.int32)):
+        with pytest.raises(RequestError, match="image height 17 is not a multiple of 2|images are int32"):
+            pipe.encode_image(image)
+    with pytest.raises(RequestError, match=r"latents are \[1, 4, 8, 8\]; give \[B, h, w, 4\]"):
+        pipe.decode(np.zeros((1, 4, 8, 8)))
     both = jnp.concatenate([latents, latents])
     eps = pipe.unet(both, 500, context)
     assert eps.shape == both.shape and eps.dtype == jnp.float32
@@ -219,10 +250,16 @@ def test_the_parts_of_the_pipeline():
 
 
 def test_options_are_those_of_the_methods():
-    for method in (Pipeline.text_to_image, Pipeline.image_to_image, Pipeline.inpaint):
-        assert "options" in inspect.signature(method).parameters
-    with pytest.raises(TypeError, match="stepz"):
-        pipeline().text_to_image("", stepz=3)
+    pipe, start = pipeline(), picture("a")
+    for call in (
+        pipe.text_to_image,
+        lambda *a, **o: pipe.image_to_image(*a, start, **o),
+        lambda *a, **o: pipe.inpaint(*a, start, MASK, **o),
+    ):
+        with pytest.raises(TypeError, match="stepz"):
+            call("", stepz=3)
+        with pytest.raises(RequestError, match="steps 0 is out of range"):
+            call("", steps=0)
 
 
 # ---- the pure functions ----------------------------------------------------------------------------------------------

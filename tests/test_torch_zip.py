@@ -106,7 +106,7 @@ def test_a_lightning_checkpoint(lightning):
     assert not any(name.startswith("pytorch_lightning") for name in sys.modules)
 
 
-def test_neither_torch_nor_pickle_is_imported(lightning):
+def test_nothing_is_imported_for_it(lightning):
     program = (
         "import sys; from sd_jax.weights.torch_zip import open_checkpoint\n"
         "before = set(sys.modules)\n"

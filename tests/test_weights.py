@@ -21,7 +21,7 @@ from sd_jax.types import RequestError, WeightsError
 from sd_jax.weights.convert import convert, write_compvis, write_diffusers, write_native
 from sd_jax.weights.parameters import Held, match, to_parameters
 from sd_jax.weights.safetensors_file import open_safetensors, write_safetensors
-from sd_jax.weights.source import TINY, open_source
+from sd_jax.weights.source import open_source
 from sd_jax.weights.tables import COMPONENTS, LAYOUTS, parameter_shapes, table
 
 TOKENIZER = Tokenizer.from_merges(())  # 514 tokens, as NANO has
@@ -193,8 +193,6 @@ def test_place_is_called_tensor_by_tensor(folder, params):
 
 
 def test_the_embedded_model_opens():
-    if not TINY.is_dir():
-        pytest.skip("the embedded model is not made yet")
     source = open_source("tiny")
     assert source.licence is None and source.parameters.keys() == random_params(source.config).keys()
 

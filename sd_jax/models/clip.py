@@ -13,6 +13,7 @@ from sd_jax.types import Array
 
 
 def quick_gelu(x: Array) -> Array:
+    """CLIP's approximation of the gelu (Hendrycks & Gimpel 2016, section 2), element by element."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 

@@ -16,14 +16,17 @@ PAD_END = ((0, 1), (0, 1))  # what the VAE encoder's strided convolutions use
 
 
 def group_norm(groups: int, eps: float, dtype: jnp.dtype, name: str) -> nn.Module:
+    """Wu & He 2018, over [N,h,w,C]: statistics in float32, the result in ``dtype``."""
     return nn.GroupNorm(num_groups=groups, epsilon=eps, use_fast_variance=False, dtype=dtype, name=name)
 
 
 def layer_norm(eps: float, dtype: jnp.dtype, name: str) -> nn.Module:
+    """Ba et al. 2016, over the last axis: statistics in float32, the result in ``dtype``."""
     return nn.LayerNorm(epsilon=eps, use_fast_variance=False, dtype=dtype, name=name)
 
 
 def conv3(features: int, dtype: jnp.dtype, name: str, *, stride: int = 1, padding=PAD_ALL) -> nn.Module:
+    """A 3x3 convolution, [N,h,w,C] -> [N,h/stride,w/stride,features], with torch's padding rather than "SAME"."""
     return nn.Conv(features, (3, 3), strides=(stride, stride), padding=padding, dtype=dtype, name=name)
 
 
@@ -51,7 +54,9 @@ class ResBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve height and width. The UNet pads on all sides, the VAE encoder at the end only."""
+    """[N,h,w,C] -> [N,h/2,w/2,features], odd sides rounded up in the UNet, which pads on all sides; the VAE encoder
+    pads at the end only.
+    """
 
     features: int
     padding: tuple[tuple[int, int], tuple[int, int]]
@@ -63,7 +68,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour doubling, then a convolution.
+    """Nearest-neighbour doubling, then a convolution: [N,h,w,C] -> [N,*size,features].
 
     ``size`` (height, width) is that of the skip connection the result will meet: where an odd grid was halved it is
     one less than the double, and nearest-neighbour resizing to 2n-1 is doubling without the last row.

@@ -47,6 +47,7 @@ class VAE(nn.Module):
         return self.decode(self.encode(image).mean)
 
     def encode(self, image: Array) -> Posterior:
+        """float [N,H,W,3] in [-1,1], sides multiples of ``factor`` -> what its scaled latents may be, float32."""
         moments = self.quant_conv(self.encoder(image.astype(self.dtype))).astype(jnp.float32)
         mean, logvar = jnp.split(moments, 2, axis=-1)
         logvar = jnp.clip(logvar, -30.0, 20.0)

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from sd_jax.images import from_uint8
 from sd_jax.pipeline import SD
 from sd_jax.tokenizer import Tokenizer
 from sd_jax.train import scenes
@@ -28,6 +29,7 @@ from sd_jax.train.config import DataConfig
 from sd_jax.types import Params, RequestError
 
 CHUNK = 512  # examples that are made, and kept, at a time
+_SAMPLED = 499  # every so manieth picture is looked at to tell two sets of them apart
 _DROPOUT = 1  # stream of its own beside the permutations'
 
 
@@ -145,11 +147,13 @@ def load_posteriors(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(mean, std) of the images' latents, float32 [n, h, w, C] each, encoded into ``folder`` where missing.
 
-    They belong to these very parameters, scale and images: others are kept elsewhere. Interrupted as ``load_scenes``.
+    They belong to these very parameters, scale and (as far as some of them tell) images: others are kept elsewhere.
+    Interrupted as ``load_scenes``.
     """
     config = sd.config.vae
     shape = (len(images), images.shape[1] // config.factor, images.shape[2] // config.factor, config.latent_channels)
-    folder = Path(folder) / f"posteriors-{_fingerprint(vae, repr((config, sd.dtype, images.shape)), images[:8])}"
+    fingerprint = _fingerprint(vae, repr((config, sd.dtype, images.shape)), images[::_SAMPLED])
+    folder = Path(folder) / f"posteriors-{fingerprint}"
     folder.mkdir(parents=True, exist_ok=True)
     count = folder / "done.json"
     done = json.loads(count.read_text()) if count.exists() else 0
@@ -181,7 +185,7 @@ def load_posteriors(
 
 def encode_images(sd: SD, vae: Params, image: Any) -> tuple[Any, Any]:
     """uint8 [B,H,W,3] -> mean and std of the scaled latents."""
-    posterior = sd.vae.apply({"params": vae}, image / 127.5 - 1.0, method="encode")
+    posterior = sd.vae.apply({"params": vae}, from_uint8(image), method="encode")
     return posterior.mean, posterior.std
 
 

@@ -204,6 +204,8 @@ def read_start(init_from: str | None) -> tuple[Mapping[str, Params], Tokenizer |
     elif (Path(init_from) / "config.json").exists() and (Path(init_from) / "checkpoints").exists():
         raise RequestError(f"the run in {init_from} is not finished; start from it when it has its {WEIGHTS}")
     source = open_source(init_from)
+    for note in source.report.notes:
+        warnings.warn(note, stacklevel=2)
     return source.params("float32"), source.tokenizer
 
 

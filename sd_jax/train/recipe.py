@@ -16,7 +16,7 @@ from sd_jax.config import SDConfig, VAEConfig
 from sd_jax.train import data
 from sd_jax.train.config import Recipe
 from sd_jax.train.loop import Log, read_start, train
-from sd_jax.types import Params
+from sd_jax.types import Params, RequestError
 
 MEASURED = 1024  # pictures that the scale of the latents is measured on
 
@@ -40,7 +40,12 @@ def run_recipe(
         return train(config, workdir / name, start=start, **shared)
 
     unscaled = dataclasses.replace(recipe.model, vae=dataclasses.replace(recipe.model.vae, scale=1.0))
-    start = dict(read_start(recipe.init_from)[0])
+    given, tokenizer = read_start(recipe.init_from)
+    if tokenizer is not None and tokenizer.vocab != data.scene_tokenizer().vocab:
+        raise RequestError(
+            f"{recipe.init_from} has another vocabulary than scenes; give a model of scenes as init_from"
+        )
+    start = dict(given)
     start |= stage("vae", unscaled, start)
     scale = _recorded(workdir / "scale.json", lambda: _measure(recipe, unscaled.vae, start["vae"], shared))
     start |= stage("polish", unscaled, start)

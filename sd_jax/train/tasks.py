@@ -21,7 +21,7 @@ import numpy as np
 
 from sd_jax import pipeline
 from sd_jax.diffusion import draws
-from sd_jax.images import to_uint8
+from sd_jax.images import from_uint8, to_uint8
 from sd_jax.tokenizer import Tokenizer
 from sd_jax.train import data, losses, scenes
 from sd_jax.train.config import TrainConfig
@@ -30,7 +30,7 @@ from sd_jax.train.state import Loss
 from sd_jax.types import Params, RequestError
 
 PREVIEWS = 8  # pictures in a preview
-PREVIEW_STEPS, PREVIEW_GUIDANCE = 20, 3.0
+PREVIEW_STEPS = 20
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,13 +83,13 @@ def vae_task(config: TrainConfig, sd: pipeline.SD, start: Mapping[str, Params], 
 
     def loss(params, batch, key):
         options = dataclasses.asdict(config.vae_loss)
-        return losses.vae_loss(sd.vae, params["vae"], batch["image"] / 127.5 - 1.0, key, **options)
+        return losses.vae_loss(sd.vae, params["vae"], from_uint8(batch["image"]), key, **options)
 
     shown = np.array(images[:PREVIEWS])
 
     @jax.jit
     def reconstruct(vae, image):
-        return to_uint8(sd.vae.apply({"params": vae}, image / 127.5 - 1.0))
+        return to_uint8(sd.vae.apply({"params": vae}, from_uint8(image)))
 
     def preview(params):
         return np.concatenate([shown, reconstruct(params["vae"], shown)])
@@ -210,10 +210,11 @@ def _sampling(sd: pipeline.SD, vae: Params, tokenizer: Tokenizer) -> Callable[[P
     tokens = tokenizer.encode([text for caption in captions for text in ("", caption)]).tokens
     tokens = einops.rearrange(tokens, "(b p) n l -> b p n l", p=2)
     seeds, size = draws.seed_words(range(PREVIEWS)), (sd.config.default_size,) * 2
+    guidance = np.full(PREVIEWS, sd.config.noise.guidance, np.float32)
 
     @jax.jit
     def draw(params):
-        image = pipeline.text_to_image(sd, params, plan, tokens, seeds, jnp.full(PREVIEWS, PREVIEW_GUIDANCE), size=size)
+        image = pipeline.text_to_image(sd, params, plan, tokens, seeds, guidance, size=size)
         return to_uint8(image)
 
     return lambda params: np.asarray(draw({**params, "vae": vae}))

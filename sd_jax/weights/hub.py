@@ -10,12 +10,14 @@ from pathlib import Path
 from sd_jax.types import RequestError, WeightsError
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_WEIGHT_FILES = (".ckpt", ".safetensors", ".bin", ".pt", ".pth", ".msgpack")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def is_hub_id(source: str) -> bool:
-    return _ID.fullmatch(source) is not None
+    """Whether it has the form owner/name, and not that of a file of weights in a folder."""
+    return _ID.fullmatch(source) is not None and Path(source).suffix.lower() not in _WEIGHT_FILES
 
 
 def fetch(repo: str, patterns: Iterable[str], revision: str | None = None) -> Path:

@@ -130,17 +130,19 @@ def own_rows(config: SDConfig) -> dict[str, Row]:
     return {path: Row((path,), path.partition("/")[2], SAME) for path in paths}
 
 
-def match(
-    rows: Mapping[str, Row], config: SDConfig, tensors: Mapping[str, Tensor], ignored: Iterable[str] = ()
-) -> tuple[dict[str, Parameter], list[str]]:
-    """``rows`` by our full path ("unet/conv_in/kernel") and a file's tensors -> (parameters, what does not fit).
+def set_aside(tensors: Mapping[str, Tensor], patterns: Iterable[str]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """-> (the tensors without those whose whole name matches a pattern, as they are no parameters; their names)."""
+    skip = re.compile("|".join(f"(?:{pattern})" for pattern in patterns))
+    aside = {name: None for name in tensors if skip.fullmatch(name)}
+    return {name: tensor for name, tensor in tensors.items() if name not in aside}, tuple(aside)
 
-    Tensors matched in full by a pattern of ``ignored`` are no parameters.
-    """
+
+def match(
+    rows: Mapping[str, Row], config: SDConfig, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Parameter], list[str]]:
+    """``rows`` by our full path ("unet/conv_in/kernel") and a file's tensors -> (parameters, what does not fit)."""
     shapes = parameter_shapes(config)
-    skip = re.compile("|".join(f"(?:{pattern})" for pattern in ignored) or "(?!)")
-    parameters, missing, problems = {}, [], []
-    left = {name: tensor for name, tensor in tensors.items() if not skip.fullmatch(name)}
+    parameters, missing, problems, left = {}, [], [], dict(tensors)
     for path, row in rows.items():
         component, _, inner = path.partition("/")
         name = next((name for name in row.names if name in left), None)

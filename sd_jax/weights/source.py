@@ -20,7 +20,7 @@ from sd_jax.tokenizer import Tokenizer, load_tokenizer
 from sd_jax.types import Params, RequestError, WeightsError
 from sd_jax.weights import hub
 from sd_jax.weights.other_models import recognise, recognise_config
-from sd_jax.weights.parameters import Parameter, Tensor, complain, match, own_rows, to_params
+from sd_jax.weights.parameters import Parameter, Tensor, complain, match, own_rows, set_aside, to_params
 from sd_jax.weights.safetensors_file import open_safetensors
 from sd_jax.weights.tables import COMPONENTS, Row, table
 from sd_jax.weights.torch_zip import open_checkpoint
@@ -177,7 +177,9 @@ def _open_folder(folder: Path, commit: str | None, ema: bool | None, tokenizer: 
         ignored += more_ignored
         foreign += more_foreign
         rows = {f"{component}/{row.path}": row for row in table("diffusers", component, config)}
-        found, wrong = match(rows, config, tensors, [_POSITIONS])
+        tensors, aside = set_aside(tensors, [_POSITIONS])
+        ignored += aside
+        found, wrong = match(rows, config, tensors)
         parameters |= found
         problems += wrong
     complain(str(folder), problems)
@@ -203,7 +205,8 @@ def _open_component(file: Path) -> tuple[Mapping[str, Tensor], list[str], list[s
     """-> (tensors under diffusers' names, entries ignored, globals not run)."""
     if file.name.endswith(".index.json"):
         tensors: dict[str, Tensor] = {}
-        parts = sorted({str(part) for part in dict(_read_json(file).get("weight_map") or {}).values()})
+        index = _read_json(file).get("weight_map")
+        parts = sorted({str(part) for part in index.values()}) if isinstance(index, dict) else []
         missing = [part for part in parts if "/" in part or not (file.parent / part).is_file()]
         if missing or not parts:
             raise WeightsError(
@@ -257,7 +260,8 @@ def _open_compvis(
         tokenizer_folder = folder / "tokenizer" if (folder / "tokenizer").is_dir() else None
     rows = {f"{c}/{row.path}": row for c in COMPONENTS for row in table("compvis", c, config)}
     rows, chosen, used = _choose_ema(path, rows, tensors, ema)
-    parameters, problems = match(rows, config, chosen, _COMPVIS_IGNORED)
+    chosen, aside = set_aside(chosen, _COMPVIS_IGNORED)
+    parameters, problems = match(rows, config, chosen)
     complain(str(path), problems)
     if tokenizer is None:
         tokenizer = tokenizer_folder or hub.fetch(CLIP_REPO, TOKENIZER_FILES)
@@ -265,7 +269,8 @@ def _open_compvis(
     tokenizer.check(config.clip.vocab_size)
     both = used and any(name.startswith(_PLAIN_UNET) for name in tensors)
     note = "both averaged (EMA) and plain weights are there; the averaged ones are used"
-    report = dataclasses.replace(report, ema=used, notes=(note,) if both and ema is None else ())
+    ignored = (*report.ignored, *aside)
+    report = dataclasses.replace(report, ignored=ignored, ema=used, notes=(note,) if both and ema is None else ())
     return Source(config, parameters, tokenizer, report)
 
 

@@ -2,7 +2,8 @@
 
 ``zipfile`` reads any directory it is given, however long, and takes the last of two members of one name. Here a
 directory is checked as if an enemy had written it, in bounded time: members that are compressed, encrypted, doubled,
-overlapping or named like a path out of the archive are refused. Zip64, which files of 4 GB need, is read.
+named like a path out of the archive, or together larger than the file are refused. Zip64, which files of 4 GB need, is
+read.
 """
 
 from __future__ import annotations

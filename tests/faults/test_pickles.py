@@ -90,24 +90,18 @@ class TestCodeIsNeverRun:
 
     @pytest.fixture(autouse=True)
     def nothing_happens(self, tmp_path, monkeypatch):
-        """No file appears, no module is imported, and the audit hooks of the interpreter see no import or process."""
+        """No file appears, no module is imported that a checkpoint names, and the interpreter's audit hooks see no
+        process and no unpickling.
+        """
         monkeypatch.chdir(tmp_path)
         modules, events, watching = set(sys.modules), [], [True]
-        suspicious = (
-            "import",
-            "exec",
-            "compile",
-            "os.system",
-            "subprocess.Popen",
-            "os.posix_spawn",
-            "pickle.find_class",
-        )
+        suspicious = {"os.system", "subprocess.Popen", "os.posix_spawn", "pickle.find_class"}
         sys.addaudithook(lambda event, _: events.append(event) if watching and event in suspicious else None)
         yield
         watching.clear()
         assert not (tmp_path / MARKER).exists()
         assert "this" not in set(sys.modules) - modules
-        assert not {"os.system", "subprocess.Popen", "os.posix_spawn", "pickle.find_class"} & set(events)
+        assert not events
 
     attacks = {
         "system": (name("os", "system") + tuple_of(text(f"touch {MARKER}")) + b"R", "os.system"),
