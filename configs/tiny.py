@@ -1,8 +1,13 @@
-"""The model that is embedded in the package (``sd_jax.load("tiny")``), from nothing.
+"""The model that is embedded in the package (``sd_jax.load("tiny")``).
 
 Command:  python tools/train_tiny.py --workdir runs/tiny        (or: sd-jax train configs/tiny.py --workdir runs/tiny)
-Hardware: two CPU cores, 4 GiB of memory; any accelerator that JAX has.
-Data:     50,000 scenes of 64x64 pixels that it renders itself, three minutes on a core.
+Hardware: two CPU cores, 4 GiB of memory; any accelerator that JAX has. On a CPU,
+          XLA_FLAGS=--xla_force_host_platform_device_count=2 lets each core have its half of a batch.
+Data:     50,000 scenes of 64x64 pixels that it renders itself, two minutes on a core.
+
+The weights in the package came about in two rounds. The first was from nothing: 2800 steps of 8 pictures and 1500 for
+the decoder alone, 600 of 64 for the text tower, and 4000 of 48 for diffusion, with seven tenths of its timesteps high.
+The second was this, with init_from=tiny where that was the first one's.
 """
 
 from sd_jax.config import CLIPConfig, NoiseConfig, SDConfig, UNetConfig, VAEConfig
@@ -32,28 +37,18 @@ def get_config() -> Recipe:
         data=DataConfig(scenes=50_000, seed=0),
         vae=TrainConfig(
             task="vae",
-            steps=2800,
-            batch_size=8,
-            optimizer=OptimizerConfig(1.5e-3, warmup=100, decay="cosine", weight_decay=0.0, ema=0.998),
-            vae_loss=VAELoss(kl=3e-4, mse=4.0, edges=0.25),
-            save_every=200,
-            preview_every=400,
-        ),
-        # The encoder is left as it is: latents that exist stay valid.
-        polish=TrainConfig(
-            task="vae",
-            seed=1,
-            steps=1500,
-            batch_size=8,
-            trainable=("vae/decoder/", "vae/post_quant_conv/"),
-            optimizer=OptimizerConfig(5e-4, warmup=100, decay="cosine", weight_decay=0.0, ema=0.998),
-            vae_loss=VAELoss(kl=0.0, mse=4.0, edges=0.5),
-            save_every=200,
+            seed=4,
+            steps=5000,
+            batch_size=16,
+            optimizer=OptimizerConfig(1e-3, warmup=100, decay="cosine", b2=0.99, weight_decay=0.0, ema=0.998),
+            # So much divergence that the decoder has to put up with latents that are a tenth off: a UNet's are.
+            vae_loss=VAELoss(kl=2e-3, mse=4.0, edges=0.5),
+            save_every=500,
             preview_every=500,
         ),
         text=TrainConfig(
             task="text",
-            seed=2,
+            seed=1,
             steps=600,
             batch_size=64,
             optimizer=OptimizerConfig(1e-3, warmup=50, decay="cosine", ema=0.99),
@@ -61,12 +56,12 @@ def get_config() -> Recipe:
         ),
         diffusion=TrainConfig(
             task="diffusion",
-            seed=3,
-            steps=4000,
+            seed=5,
+            steps=8500,
             batch_size=16,
             repeats=3,
             optimizer=OptimizerConfig(1e-3, warmup=200, decay="linear", b1=0.9, b2=0.99, ema=0.999),
-            noise_loss=NoiseLoss(min_snr=5.0, high_share=0.7, high_from=550, high_weight=12.0),
+            noise_loss=NoiseLoss(min_snr=5.0, high_share=0.4, high_from=550, high_weight=8.0),
             save_every=500,
             preview_every=1000,
         ),

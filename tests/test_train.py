@@ -296,9 +296,9 @@ def test_a_recipe_goes_on_from_a_model_or_from_nothing(init_from, tmp_path, monk
     model, params = run_recipe(made, tmp_path)
     assert params == dict.fromkeys(("clip", "unet", "vae"), "diffusion") and model.vae.scale == 0.5
     if init_from is None:
-        names, held = ["vae", "polish", "text", "diffusion"], [[], ["vae"], ["vae"], ["clip", "vae"]]
+        names, held = ["vae", "text", "diffusion"], [[], ["vae"], ["clip", "vae"]]
     else:
-        names, held = ["vae", "polish", "diffusion"], [["clip", "unet", "vae"]] * 3
+        names, held = ["vae", "diffusion"], [["clip", "unet", "vae"]] * 2
     assert calls == [(name, start, init_from) for name, start in zip(names, held, strict=True)]
 
 
@@ -319,7 +319,6 @@ def test_the_recipe_makes_a_model_from_nothing(tmp_path):
         toy_model(),
         DataConfig(scenes=32),
         vae=dataclasses.replace(base, task="vae", preview_every=2),
-        polish=dataclasses.replace(base, task="vae", trainable=("vae/decoder/",)),
         text=dataclasses.replace(base, task="text"),
         diffusion=dataclasses.replace(base, repeats=2, preview_every=2),
     )
@@ -328,10 +327,9 @@ def test_the_recipe_makes_a_model_from_nothing(tmp_path):
         run_recipe(recipe, tmp_path, stop=lambda: next(asked) == 6)
     model, params = run_recipe(recipe, tmp_path)
     assert model.vae.scale == json.loads((tmp_path / "scale.json").read_text()) != 1.0
-    vae, polish = (loop.load_weights(tmp_path / run / loop.WEIGHTS)["vae"] for run in ("vae", "polish"))
-    jax.tree.map(np.testing.assert_array_equal, vae["encoder"], polish["encoder"])
-    assert not np.array_equal(vae["decoder"]["conv_out"]["kernel"], polish["decoder"]["conv_out"]["kernel"])
-    jax.tree.map(np.testing.assert_array_equal, params["vae"], polish)
+    jax.tree.map(
+        np.testing.assert_array_equal, params["vae"], loop.load_weights(tmp_path / "vae" / loop.WEIGHTS)["vae"]
+    )
     assert pipeline.load(tmp_path / "diffusion" / loop.WEIGHTS).sd.config == model
 
     tool = runpy.run_path(str(TINY.parents[1] / "tools" / "train_tiny.py"))

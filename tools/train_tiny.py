@@ -77,7 +77,7 @@ def shortened(recipe: Recipe, scale: float) -> Recipe:
     if scale == 1:
         return recipe
     data = dataclasses.replace(recipe.data, scenes=max(64, round(recipe.data.scenes * min(scale, 1.0))))
-    runs = {name: shorter(getattr(recipe, name)) for name in ("vae", "polish", "text", "diffusion")}
+    runs = {name: shorter(getattr(recipe, name)) for name in ("vae", "text", "diffusion")}
     return dataclasses.replace(recipe, data=data, **runs)
 
 

@@ -86,7 +86,7 @@ FREE = ("data.workers", "log_every", "save_every", "keep", "preview_every", "max
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A whole model: four runs, each from where the ones before ended (``train.recipe``).
+    """A whole model: three runs, each from where the ones before ended (``train.recipe``).
 
     ``model``, ``data`` and ``init_from`` are those of all runs, whose own are not read. The last one leaves the whole
     model.
@@ -95,7 +95,6 @@ class Recipe:
     model: SDConfig
     data: DataConfig
     vae: TrainConfig
-    polish: TrainConfig
     text: TrainConfig
     diffusion: TrainConfig
     # A model to go on from instead of nothing. "text" is then left out: its text tower knows the order of words.

@@ -1,4 +1,4 @@
-"""A whole model in four runs: autoencoder, its decoder once more, text tower, and all of diffusion."""
+"""A whole model in three runs: autoencoder, text tower, and all of diffusion."""
 
 from __future__ import annotations
 
@@ -48,7 +48,6 @@ def run_recipe(
     start = dict(given)
     start |= stage("vae", unscaled, start)
     scale = _recorded(workdir / "scale.json", lambda: _measure(recipe, unscaled.vae, start["vae"], shared))
-    start |= stage("polish", unscaled, start)
     model = dataclasses.replace(recipe.model, vae=dataclasses.replace(recipe.model.vae, scale=scale))
     if recipe.init_from is None:
         start |= stage("text", model, start)
