@@ -59,6 +59,13 @@ def test_one_prompt_for_several_seeds_and_their_order():
     assert apart(same[0], same[1]) > 10
 
 
+@pytest.mark.parametrize("dtype, levels", [("bfloat16", 26), ("float16", 4)])
+def test_pictures_in_half_precision(dtype, levels):
+    """The same picture: twice as far apart at most as it was seen to be."""
+    half = Pipeline(SD(MICRO, dtype), params(), TOKENIZER).text_to_image(PROMPTS, steps=STEPS)
+    assert 0 < apart(half, make()) <= levels
+
+
 def test_every_option_counts():
     for options in ({"seed": 2**40}, {"guidance": 3.0}, {"negative": "a green cone"}, {"eta": 1.0}):
         assert apart(make(**options), make()) > 1, options
