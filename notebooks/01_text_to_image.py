@@ -94,8 +94,8 @@ show(pipe.text_to_image(prompt, seeds=[0, 1, 2, 3], steps=STEPS, guidance=GUIDAN
 # %% [markdown]
 # ## Guidance, and what to stay away from
 #
-# One seed, and guidance from none to too much. Prompts, seeds and guidance are data of the compiled program: only
-# another size, batch size, number of steps or sampler compiles anew.
+# One seed, and guidance from none to too much. Prompts, seeds and guidance are data of the compiled program: another
+# size, batch size, number of steps or sampler compiles anew.
 
 # %%
 show(pipe.text_to_image(prompt, seeds=[5] * 4, steps=STEPS, guidance=[1.0, 2.0, 4.0, 12.0]))

@@ -78,14 +78,15 @@ def as_latents(latents: Any, b: int, factor: int, channels: int, size: tuple[int
     return latents
 
 
-def as_images(images: Any, factor: int, dtype: Any = np.uint8) -> np.ndarray:
-    """One picture or a batch of ``dtype`` -> [B, H, W, 3], with sides that are multiples of ``factor``."""
+def as_images(images: Any, factor: int, *, floats: bool = False) -> np.ndarray:
+    """One picture or a batch, uint8 (or whatever it is where ``floats`` are known to be) -> [B, H, W, 3], with sides
+    that are multiples of ``factor``.
+    """
     images = np.asarray(images)
     images = images[None] if images.ndim == 3 else images
-    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != dtype:
+    if images.ndim != 4 or images.shape[-1] != 3 or not (floats or images.dtype == np.uint8):
         raise RequestError(
-            f"images are {images.dtype} {list(images.shape)}; give {np.dtype(dtype)} [height, width, 3] or a batch of "
-            "them"
+            f"images are {images.dtype} {list(images.shape)}; give uint8 [height, width, 3] or a batch of them"
         )
     side("image height", images.shape[1], factor)
     side("image width", images.shape[2], factor)

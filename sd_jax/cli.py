@@ -78,7 +78,7 @@ def _generate(args: argparse.Namespace) -> int:
     pipe = _load(args)
     settings = given(args, ("strength",)) | _fit(pictures, args, pipe.sd.config.vae.factor)
     options = Options(**given(args, OPTIONS)).resolved(pipe.sd.config.noise)
-    for name, texts in {"prompt": args.prompts, "negative prompt": options.negative}.items():
+    for name, texts in {"prompt": args.prompts, "negative prompt": _negative(options)}.items():
         for sentence in pipe.tokenizer.encode(texts, long_prompt=options.long_prompt, name=name).warnings():
             _say(f"warning: {sentence}")
 
@@ -121,10 +121,12 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _reconstruction(args: argparse.Namespace) -> int:
     import numpy as np
 
+    from sd_jax.diffusion.draws import seed_words
     from sd_jax.evaluate.reconstruction import psnr
     from sd_jax.images import to_uint8
     from sd_jax.train.scenes import dataset
 
+    seed_words([args.seed])
     pipe = _load(args)
     images, _ = dataset(args.n, args.seed, "any", pipe.sd.config.default_size)
 
@@ -216,7 +218,7 @@ def _remember(args: argparse.Namespace) -> argparse.Namespace:
     if "command" not in metadata:
         raise RequestError(f"{args.from_png} was not made by this command line; give its settings as flags")
     if metadata["command"] != args.command:
-        raise RequestError(f"{args.from_png} was made by {metadata.get('command')}; use that instead of {args.command}")
+        raise RequestError(f"{args.from_png} was made by {metadata['command']}; use that instead of {args.command}")
     return parse(args.argv, metadata)
 
 
@@ -264,15 +266,20 @@ def _fit(pictures: dict[str, np.ndarray], args: argparse.Namespace, factor: int)
 def _metadata(
     args: argparse.Namespace, pipe: Pipeline, options: Options, prompt: str, seed: int, image: np.ndarray
 ) -> dict[str, Any]:
-    """All it takes to make the picture again (``--from-png``), and what of the prompt was not read."""
+    """All it takes to make the picture again (``--from-png``), and what of the prompts was not read."""
     metadata = {"command": args.command, "prompt": prompt, "seed": seed, "version": __version__}
     metadata |= given(args, ("model", *SOURCE, "strength", "batch_size"))
     metadata |= {"revision": pipe.report.revision, "ema": pipe.report.ema, "dtype": pipe.sd.dtype}
     metadata |= {name: getattr(options, name) for name in OPTIONS}
     metadata |= {"height": image.shape[0], "width": image.shape[1]}
-    for name, text in {"dropped": prompt, "negative_dropped": options.negative}.items():
+    for name, text in {"dropped": prompt, "negative_dropped": _negative(options)}.items():
         metadata[name] = pipe.tokenizer.encode(text, long_prompt=options.long_prompt).dropped[0] or None
     return {name: value for name, value in metadata.items() if value is not None}
+
+
+def _negative(options: Options) -> str:
+    """The negative prompt that is read: none without guidance."""
+    return "" if options.guidance == 1 else options.negative
 
 
 def _write(out: Path, image: np.ndarray, seed: int, metadata: dict[str, Any]) -> Path:
@@ -325,7 +332,7 @@ def _start_jax(device: str | None) -> str:
     except (RuntimeError, AssertionError) as error:  # the second is jax's answer to JAX_PLATFORMS=cuda without a GPU
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         asked = os.environ.get("JAX_PLATFORMS")
-        advice = "set JAX_PLATFORMS=cpu" if asked is None else f"JAX_PLATFORMS is {asked!r}, unset it"
+        advice = "set JAX_PLATFORMS=cpu" if not asked else f"JAX_PLATFORMS is {asked!r}, unset it"
         raise RequestError(f"JAX cannot start its device ({reason}); {advice} for a CPU") from error
     if device not in (None, found):
         raise RequestError(

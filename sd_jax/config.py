@@ -172,17 +172,24 @@ _NOISE_FIXED = {
 _SCHEDULER_FIXED = {
     "PNDMScheduler": {"skip_prk_steps": (True,)},
     "DDPMScheduler": {"variance_type": ("fixed_small", "fixed_small_log")},
+    "EulerDiscreteScheduler": {
+        "final_sigmas_type": ("zero",),
+        "timestep_type": ("discrete",),
+        "interpolation_type": ("linear",),
+        "sigma_min": (),
+        "sigma_max": (),
+    },
     "DPMSolverMultistepScheduler": {
         "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
         "solver_order": (2,),
-        "solver_type": ("midpoint", "bh1", "bh2"),  # diffusers takes the last two for the first
+        "solver_type": ("midpoint", "logrho", "bh1", "bh2"),  # diffusers takes the others for the first
         "lower_order_final": (True,),
         "euler_at_final": (False,),
         "final_sigmas_type": ("zero",),
     },
     "UniPCMultistepScheduler": {
         "solver_order": (2,),
-        "solver_type": ("bh2", "midpoint"),  # diffusers takes the second for the first
+        "solver_type": ("bh2", "midpoint", "heun", "logrho"),  # diffusers takes the others for the first
         "predict_x0": (True,),
         "lower_order_final": (True,),
         "disable_corrector": ([],),
@@ -320,7 +327,12 @@ def _noise_from(j: dict[str, Any]) -> NoiseConfig:
     name = j.get("_class_name", "PNDMScheduler")
     if name not in _SCHEDULERS:
         raise RequestError(f"scheduler: {name} is not known; expected one of {', '.join(sorted(_SCHEDULERS))}")
-    _refuse("scheduler", j, _SCHEDULER_FIXED.get(name, {}))
+    fixed = _SCHEDULER_FIXED.get(name, {})
+    if wrong := [f"{k} = {j[k]!r}" for k, ok in fixed.items() if j.get(k) is not None and j[k] not in ok]:
+        raise RequestError(
+            f"scheduler: {', '.join(wrong)} is not a form of {name} that sd_jax has; take it out of "
+            "scheduler/scheduler_config.json, or name another scheduler there"
+        )
     sampler = _SCHEDULERS[name]
     if sampler == "dpmpp_2m" and j.get("algorithm_type") == "sde-dpmsolver++":
         sampler = "dpmpp_2m_sde"

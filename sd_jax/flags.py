@@ -20,19 +20,23 @@ def parse(argv: Sequence[str], metadata: Mapping[str, Any] | None = None) -> arg
     The namespace has both arguments too, as ``argv`` and ``remembered``. Raises SystemExit, with status 2 after a line
     on stderr, for what is not understood.
     """
-    flags = []
-    other = any(arg.partition("=")[0] == "--model" for arg in argv)  # of which nothing that is said of one holds
-    for name in REMEMBERED if metadata else ():
-        if other and name in ("config", "tokenizer", "ema", "revision"):
-            continue
-        if (value := metadata.get(name)) is not None:
-            value = {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
-            flags.append(f"--{name.replace('_', '-')}={value}")
-    args = _parser().parse_args([*argv[:1], *flags, *argv[1:]])  # the last of two flags wins
+    args = _with_remembered(argv, metadata or {}, REMEMBERED)
+    if metadata and args.model != metadata.get("model", args.model):  # how to read that one says nothing of another
+        kept = [name for name in REMEMBERED if name not in ("config", "tokenizer", "ema", "revision")]
+        args = _with_remembered(argv, metadata, kept)
     if metadata and not args.prompts:
         args.prompts = [str(metadata.get("prompt", ""))]
     args.argv, args.remembered = argv, metadata or {}
     return args
+
+
+def _with_remembered(argv: Sequence[str], metadata: Mapping[str, Any], names: Sequence[str]) -> argparse.Namespace:
+    flags = []
+    for name in names:
+        if (value := metadata.get(name)) is not None:
+            value = {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
+            flags.append(f"--{name.replace('_', '-')}={value}")
+    return _parser().parse_args([*argv[:1], *flags, *argv[1:]])  # the last of two flags wins
 
 
 def given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:

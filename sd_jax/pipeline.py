@@ -396,8 +396,9 @@ class Pipeline:
     def encode_image(self, image: np.ndarray) -> Array:
         """uint8 [B,H,W,3] (or float in [-1,1]) -> scaled latents [B,h,w,C], the posterior's mean."""
         image = np.asarray(image)
-        whole = checks.as_images(image, self.sd.config.vae.factor, image.dtype if image.dtype.kind == "f" else np.uint8)
-        image = im.from_uint8(whole) if whole.dtype == np.uint8 else whole
+        floats = jnp.issubdtype(image.dtype, jnp.floating)
+        image = checks.as_images(image, self.sd.config.vae.factor, floats=floats)
+        image = image if floats else im.from_uint8(image)
         return _encode_image(self.sd, self.params, image)
 
     def decode(self, latents: Array) -> Array:
@@ -473,7 +474,7 @@ class Pipeline:
             sides = {"negative prompt": checks.listed(negative, "negative prompts"), **sides}
         tokens = []
         for name, texts in sides.items():
-            # The warning is for the caller of text_to_image or its siblings, two calls up from here.
+            # The warning is for the caller of text_to_image or its siblings.
             tokens.append(checks.stack(self._tokens(texts, long_prompt, name, stacklevel=5), b, f"{name}s"))
         n = max(side.shape[1] for side in tokens)
         empty = self.tokenizer.encode("").tokens  # [1, 1, 77], the chunks that the shorter side is filled up with

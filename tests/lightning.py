@@ -6,12 +6,14 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
-import torch
+import pytest
+
+torch = pytest.importorskip("torch")
 
 _MODULES = ("pytorch_lightning", "pytorch_lightning.callbacks", "pytorch_lightning.callbacks.model_checkpoint")
 
 
-def save_checkpoint(path: Path, state_dict: dict[str, torch.Tensor]) -> Path:
+def save_checkpoint(path: Path, state_dict: dict[str, "torch.Tensor"]) -> Path:
     """Lightning's classes exist only while this writes."""
 
     class ModelCheckpoint:

@@ -13,7 +13,7 @@ from PIL import Image
 from sd_jax import cli, flags
 from sd_jax import pipeline as pl
 from sd_jax.images import grid, read_metadata, write_png
-from sd_jax.weights.source import open_source
+from sd_jax.weights.source import Report, open_source
 from tests.micro import MICRO, SIZE, micro_file, picture, pipeline
 
 STEPS = 3
@@ -79,6 +79,18 @@ def test_from_png_makes_the_picture_again(sd_jax_):
     assert not np.array_equal(pixels(other), pixels(path))
     _, (other,), _ = sd_jax_("txt2img", "a cone", "--from-png", str(path))
     assert read_metadata(other) == read_metadata(path) | {"prompt": "a cone"}
+
+
+def test_from_png_with_another_model(sd_jax_):
+    """What says how the first one is read is not said of the other; all else is."""
+    argv, metadata = ["txt2img", "--from-png=a.png"], {"model": "sd.ckpt", "ema": True, "config": "c", "steps": 7}
+    metadata |= {"prompt": "a cone", "guidance": 3.0, "revision": "main", "tokenizer": "t"}
+    same = flags.parse([*argv, "--model=sd.ckpt"], metadata)
+    assert (same.model, same.ema, same.config, same.tokenizer, same.revision) == ("sd.ckpt", True, "c", "t", "main")
+    assert vars(flags.parse(argv, metadata)) | {"argv": same.argv} == vars(same)
+    other = flags.parse([*argv, "--model", "tiny"], metadata)
+    assert (other.model, other.ema, other.config, other.tokenizer, other.revision) == ("tiny", *[None] * 4)
+    assert (other.steps, other.guidance, other.prompts) == (7, 3.0, ["a cone"])
 
 
 def test_from_png_of_another_making(sd_jax_):
@@ -166,6 +178,16 @@ def test_convert(sd_jax_):
         2,
         "error: to 'onnx' is not a layout that is written; use one of diffusers, compvis, native\n",
     )
+
+
+def test_what_else_a_file_holds_is_said(capsys):
+    cli._say_ignored(Report("a.ckpt", "compvis", ignored=tuple("abcdefghij"), foreign=("lightning.Trainer",)))
+    assert capsys.readouterr().err.splitlines() == [
+        "note: left out, for they are no weights: a, b, c, d, e, f, g, h and 2 more",
+        "note: named in its pickle, and not run: lightning.Trainer",
+    ]
+    cli._say_ignored(Report("a.safetensors", "native"))
+    assert capsys.readouterr().err == ""
 
 
 def test_evaluate(sd_jax_, capsys):

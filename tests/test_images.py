@@ -156,7 +156,12 @@ def test_a_png_without_settings_says_so(tmp_path):
     Image.fromarray(PIXELS).save(tmp_path / "b.png", pnginfo=info)
     with pytest.raises(RequestError, match="another program's"):
         images.read_metadata(tmp_path / "b.png")
-    for text, message in [("{", "not JSON"), ("[1]", "a list, not an object")]:
+    for text, message in [
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[1]", "a list, not an object"),
+        ("9" * 5000, "not JSON"),
+    ]:
         info.add_text("sd_jax", text)
         Image.fromarray(PIXELS).save(tmp_path / "c.png", pnginfo=info)
         with pytest.raises(RequestError, match=message):

@@ -12,7 +12,7 @@ def test_a_known_error_has_a_known_ratio():
 
     def brighter(images):
         seen.append(images.shape)
-        return images + np.uint8(5) * (images[..., :1] == images[..., :1])
+        return images + np.uint8(5)
 
     np.testing.assert_allclose(psnr(brighter, IMAGES, batch=2), 20 * np.log10(255 / 5))
     assert seen == [(2, 8, 6, 3)] * 3, "one compiled program makes them all"

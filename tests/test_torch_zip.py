@@ -11,6 +11,7 @@ import pytest
 
 from sd_jax.types import WeightsError
 from sd_jax.weights.torch_zip import open_checkpoint
+from tests.lightning import save_checkpoint
 
 torch = pytest.importorskip("torch")
 
@@ -89,8 +90,6 @@ def test_files_without_checksums(tmp_path):
 
 @pytest.fixture
 def lightning(tmp_path):
-    from tests.lightning import save_checkpoint  # which imports torch
-
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
     return save_checkpoint(tmp_path / "sd.ckpt", model.state_dict()), model
 

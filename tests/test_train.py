@@ -22,6 +22,7 @@ from sd_jax.train.trainable import merge, split
 from sd_jax.types import RequestError
 from sd_jax.weights.tables import parameter_shapes
 from tests import toy_training
+from tests.micro import TOKENIZER
 from tests.random_weights import params_like
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny.py"
@@ -300,6 +301,18 @@ def test_a_recipe_goes_on_from_a_model_or_from_nothing(init_from, tmp_path, monk
     else:
         names, held = ["vae", "diffusion"], [["clip", "unet", "vae"]] * 2
     assert calls == [(name, start, init_from) for name, start in zip(names, held, strict=True)]
+
+
+def test_what_a_recipe_does_not_go_on_from(tmp_path, monkeypatch):
+    recipe = load_config(TINY, ["init_from=somewhere"])
+    whole = dict.fromkeys(("clip", "unet", "vae"))
+    for given, tokenizer, message in (
+        ({"vae": None}, None, "somewhere has no clip, unet; give a whole model as init_from"),
+        (whole, TOKENIZER, "somewhere has another vocabulary than scenes"),
+    ):
+        monkeypatch.setattr(recipe_module, "read_start", lambda _, found=(given, tokenizer): found)
+        with pytest.raises(RequestError, match=message):
+            run_recipe(recipe, tmp_path)
 
 
 def test_a_shortened_recipe_is_the_same_but_for_its_length():

@@ -371,6 +371,10 @@ def test_sharded_weights(tmp_path, folder, params):
     (unet / file).unlink()
     with pytest.raises(WeightsError, match="00002-of-00002.safetensors, missing beside it"):
         open_source(tmp_path / "s")
+    for odd in (5, [1], {}, None):
+        (unet / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": odd}))
+        with pytest.raises(WeightsError, match="names no files, missing beside it; fetch the whole model"):
+            open_source(tmp_path / "s")
 
 
 # ---- safetensors -----------------------------------------------------------------------------------------------

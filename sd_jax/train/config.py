@@ -1,7 +1,7 @@
 """What is to be trained and how, as frozen dataclasses; their files, and changes to them by dotted names.
 
 A configuration file is Python with a function ``get_config()`` that returns a TrainConfig (one run) or a Recipe (the
-runs that make a whole model from nothing).
+runs that make a whole model).
 """
 
 from __future__ import annotations
@@ -81,7 +81,17 @@ class TrainConfig:
 
 
 # What a run may be resumed with a different value of: none of it changes what is learnt.
-FREE = ("data.workers", "log_every", "save_every", "keep", "preview_every", "max_bad")
+FREE = (
+    "model.noise.sampler",
+    "model.noise.spacing",
+    "model.noise.guidance",
+    "data.workers",
+    "log_every",
+    "save_every",
+    "keep",
+    "preview_every",
+    "max_bad",
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,7 +29,7 @@ from sd_jax.train.config import DataConfig
 from sd_jax.types import Params, RequestError
 
 CHUNK = 512  # examples that are made, and kept, at a time
-_SAMPLED = 499  # every so manieth picture is looked at to tell two sets of them apart
+_SAMPLED = 499  # of so many pictures one is looked at, to tell two sets of them apart
 _DROPOUT = 1  # stream of its own beside the permutations'
 
 

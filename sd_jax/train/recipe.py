@@ -45,6 +45,8 @@ def run_recipe(
         raise RequestError(
             f"{recipe.init_from} has another vocabulary than scenes; give a model of scenes as init_from"
         )
+    if recipe.init_from is not None and (missing := {"clip", "unet", "vae"} - given.keys()):
+        raise RequestError(f"{recipe.init_from} has no {', '.join(sorted(missing))}; give a whole model as init_from")
     start = dict(given)
     start |= stage("vae", unscaled, start)
     scale = _recorded(workdir / "scale.json", lambda: _measure(recipe, unscaled.vae, start["vae"], shared))

@@ -90,8 +90,8 @@ class TestCodeIsNeverRun:
 
     @pytest.fixture(autouse=True)
     def nothing_happens(self, tmp_path, monkeypatch):
-        """No file appears, no module is imported that a checkpoint names, and the interpreter's audit hooks see no
-        process and no unpickling.
+        """No file appears, the module that one checkpoint names is not imported, and the audit hooks of the
+        interpreter see no process and no unpickling.
         """
         monkeypatch.chdir(tmp_path)
         modules, events, watching = set(sys.modules), [], [True]

@@ -116,6 +116,9 @@ def test_f13_dropped_words_are_said_and_recorded(command):
     warned = [line.partition(" has ")[0] for line in err.splitlines() if line.startswith("warning: ")]
     assert warned == ["warning: prompt 1", "warning: negative prompt 0"], "once each, however they are batched"
     assert "cubes" in read_metadata(paths[0])["negative_dropped"] and "dropped" not in read_metadata(paths[0])
+    negative = ("--guidance=1", f"--negative={long}", "--long-prompt=error")
+    status, (path,), _ = command("txt2img", "a cone", *negative)
+    assert status == 0 and "negative_dropped" not in read_metadata(path), "nothing reads it"
     status, paths, err = command("txt2img", "a cone", long, "--long-prompt=error")
     assert status == 2 and not paths and err.splitlines()[-1].startswith("error: prompt 1 has")
     status, _, err = command("txt2img", "a cone", f"--negative={long}", "--long-prompt=error")
@@ -229,6 +232,7 @@ def test_prompts_that_are_no_text(nothing_runs, prompts):
 
 
 def test_f17_status(command, nothing_runs):
+    assert command("evaluate", "reconstruction", "--seed=-1")[0] == 2
     for flags, said in (("--guidance=nan", "guidance nan"), ("--steps=0", "steps 0"), ("--seed=-1", "seed -1")):
         status, paths, err = command("txt2img", "a cone", flags)
         assert status == 2 and not paths and err.splitlines()[-1].startswith(f"error: {said} is ")

@@ -390,7 +390,21 @@ def test_a_line_that_breaks_in_the_middle(monkeypatch, error):
     refused("owner/name", "cannot be fetched: the peer closed the connection; try again", error=RequestError)
 
 
-@pytest.mark.parametrize("source", ["nowhere", "./nowhere/x", "a/b/c", "x.ckpt", "", "n" * 5000, "a\0b", "~nobody/x/y"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "nowhere",
+        "./nowhere/x",
+        "a/b/c",
+        "x.ckpt",
+        "models/sd.ckpt",
+        "m/x.safetensors",
+        "",
+        "n" * 5000,
+        "a\0b",
+        "~nobody/x/y",
+    ],
+)
 def test_sources_that_are_not_there(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refused(source, "there is no model|no unet/config.json|is not a diffusers folder", error=RequestError)

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors.torch
 from PIL import Image
 
 from sd_jax.config import SD_V1_4
@@ -104,6 +103,8 @@ def command_line(folder: Path, *argv: str) -> tuple[np.ndarray, str]:
 
 
 def test_every_published_layout_makes_diffusers_picture(tmp_path):
+    from safetensors.torch import save_file  # needs torch
+
     tensors = {component: checkpoint(component, SD_V1_4) for component in COMPONENTS}
     modules = {name: build(name, V1_4[FOLDERS[name]], own) for name, own in tensors.items()}
     save_folder(tmp_path / "model", modules)
@@ -111,7 +112,7 @@ def test_every_published_layout_makes_diffusers_picture(tmp_path):
     state = compvis_state(tensors)
     del modules, tensors
     save_checkpoint(tmp_path / "sd.ckpt", averaged_beside_plain(state))
-    safetensors.torch.save_file(state, tmp_path / "sd.safetensors")
+    save_file(state, tmp_path / "sd.safetensors")
     del state
     gc.collect()
 
