@@ -119,6 +119,22 @@ def test_edited_and_masked_layers_show_their_probabilities(backend):
     assert go(edited=True, masked=False) == go(edited=False, masked=True) == "explicit"
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("site", SITES)
+def test_what_a_gpu_chooses_is_softmax_attention_there(site):
+    """Forward and backward in bfloat16, by whichever way the device at hand is given."""
+    (queries, keys, head_dim), _ = SITES[site]
+    with jax.default_device(jax.devices("gpu")[0]):
+        q, k, v = qkv(queries, keys, width=head_dim, dtype=jnp.bfloat16)
+        cotangent = jnp.asarray(noise("cotangent", q.shape), jnp.bfloat16)
+        out, back = jax.vjp(attend, q, k, v)
+        expected, back_explicit = jax.vjp(partial(attend, how="explicit"), q, k, v)
+        pairs = [(out, expected), *zip(back(cotangent), back_explicit(cotangent), strict=True)]
+    for ours, explicit in pairs:
+        scale = float(jnp.abs(explicit).max())
+        np.testing.assert_allclose(np.asarray(ours, np.float32), np.asarray(explicit, np.float32), atol=3e-2 * scale)
+
+
 # ---- edits -----------------------------------------------------------------------------------------------------------
 
 # Two levels, a transformer at each: (level 0: one head, level 1: two), small enough to compile in a few seconds.

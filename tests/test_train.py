@@ -20,6 +20,7 @@ from sd_jax.train.recipe import run_recipe
 from sd_jax.train.state import OptimizerConfig
 from sd_jax.train.trainable import merge, split
 from sd_jax.types import RequestError
+from sd_jax.weights.source import open_source
 from sd_jax.weights.tables import parameter_shapes
 from tests import toy_training
 from tests.micro import TOKENIZER
@@ -106,6 +107,8 @@ def test_the_tiny_model_is_one_that_may_be_embedded():
     model = load_config(TINY).model
     count = sum(int(np.prod(s)) for shapes in parameter_shapes(model).values() for s in shapes.values())
     assert model.default_size == 64 and 2 * count < 23_000_000  # bytes in float16; the tokenizer takes the rest
+    embedded = open_source("tiny").config
+    assert embedded == dataclasses.replace(model, vae=dataclasses.replace(model.vae, scale=embedded.vae.scale))
 
 
 def test_what_may_change_between_resumptions():
