@@ -7,7 +7,11 @@ Data:     50,000 scenes of 64x64 pixels that it renders itself, two minutes on a
 
 The weights in the package came about in two rounds. The first was from nothing: 2800 steps of 8 pictures and 1500 for
 the decoder alone, 600 of 64 for the text tower, and 4000 of 48 for diffusion, with seven tenths of its timesteps high.
-The second was this, with init_from=tiny where that was the first one's.
+The second was this, with init_from=tiny where that was the first one's; it took 44 and 74 minutes. From nothing, this
+as it stands has not been run.
+
+Expected: 34.7 dB (sd-jax evaluate reconstruction), and of never-seen pairs 99 % right in everything (sd-jax evaluate
+compositional --n 128 --steps 20 --batch-size 64).
 """
 
 from sd_jax.config import CLIPConfig, NoiseConfig, SDConfig, UNetConfig, VAEConfig
