@@ -327,10 +327,9 @@ def _noise_from(j: dict[str, Any]) -> NoiseConfig:
     name = j.get("_class_name", "PNDMScheduler")
     if name not in _SCHEDULERS:
         raise RequestError(f"scheduler: {name} is not known; expected one of {', '.join(sorted(_SCHEDULERS))}")
-    fixed = _SCHEDULER_FIXED.get(name, {})
-    if wrong := [f"{k} = {j[k]!r}" for k, ok in fixed.items() if j.get(k) is not None and j[k] not in ok]:
+    if wrong := _unlike(j, _SCHEDULER_FIXED.get(name, {})):
         raise RequestError(
-            f"scheduler: {', '.join(wrong)} is not a form of {name} that sd_jax has; take it out of "
+            f"scheduler: {wrong} is not a form of {name} that sd_jax has; take it out of "
             "scheduler/scheduler_config.json, or name another scheduler there"
         )
     sampler = _SCHEDULERS[name]
@@ -359,12 +358,15 @@ def _noise_from(j: dict[str, Any]) -> NoiseConfig:
 
 
 def _refuse(part: str, j: dict[str, Any], fixed: dict[str, tuple[Any, ...]]) -> None:
-    wrong = [f"{k} = {j[k]!r}" for k, ok in fixed.items() if j.get(k) is not None and j[k] not in ok]
-    if wrong:
+    if wrong := _unlike(j, fixed):
         raise RequestError(
-            f"{part}: {', '.join(wrong)} is not Stable Diffusion v1's architecture, the one that sd_jax runs; "
-            "use a v1 checkpoint"
+            f"{part}: {wrong} is not Stable Diffusion v1's architecture, the one that sd_jax runs; use a v1 checkpoint"
         )
+
+
+def _unlike(j: dict[str, Any], fixed: dict[str, tuple[Any, ...]]) -> str:
+    """The settings of ``j`` that are none of the values that ``fixed`` allows, in words; "" where all are."""
+    return ", ".join(f"{k} = {j[k]!r}" for k, ok in fixed.items() if j.get(k) is not None and j[k] not in ok)
 
 
 def to_diffusers(config: SDConfig) -> dict[str, dict[str, Any]]:

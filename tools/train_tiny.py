@@ -35,8 +35,8 @@ architecture of v1-4 (CLIP text tower, UNet with cross-attention, KL autoencoder
 pictures of {size}x{size} pixels. It knows coloured solids in spatial relations, "a red cube on top of a blue sphere",
 and nothing else.
 
-It was trained from nothing by `tools/train_tiny.py` on pictures and captions that the project renders itself
-(`sd_jax/train/scenes.py`): no picture, text or weight of anybody else went into it.
+It was trained from nothing by the project's own trainer (`sd_jax/train/`, `configs/tiny.py`) on pictures and captions
+that the project renders itself (`sd_jax/train/scenes.py`): no picture, text or weight of anybody else went into it.
 
 Licence: that of the project (see `LICENSE` at its root), for the weights as for the code.
 """
