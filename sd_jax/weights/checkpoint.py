@@ -13,12 +13,9 @@ sd_jax. With several processes all of them call these functions, on a folder tha
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
-import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 import warnings
@@ -29,8 +26,8 @@ from typing import Any
 import jax
 
 from sd_jax.types import RequestError
+from sd_jax.weights import sums
 
-_SUMS = "SHA256SUMS"
 _RECORD = "record.json"
 
 
@@ -110,7 +107,7 @@ def latest(folder: str | Path) -> int | None:
 def steps(folder: str | Path) -> list[int]:
     """All steps whose saving was finished, ascending."""
     folder = _local(folder)
-    return [step for step in _scan(folder)[0] if (folder / f"{step:08d}" / _SUMS).is_file()]
+    return [step for step in _scan(folder)[0] if (folder / f"{step:08d}" / sums.NAME).is_file()]
 
 
 def problems(folder: str | Path, step: int) -> list[str]:
@@ -118,15 +115,14 @@ def problems(folder: str | Path, step: int) -> list[str]:
     path = _local(folder) / f"{step:08d}"
     if not path.is_dir():
         return ["it is not there"]
-    if not (path / _SUMS).is_file():
-        return [f"no {_SUMS}: its saving or its copying was not finished"]
-    text = (path / _SUMS).read_bytes().decode("utf-8", "replace")
-    expected = {name: digest for digest, name in re.findall(r"^([0-9a-f]{64})  (.+)$", text, re.MULTILINE)}
-    if text != _sums(expected):
-        return [f"{_SUMS} itself was changed"]
+    if not (path / sums.NAME).is_file():
+        return [f"no {sums.NAME}: its saving or its copying was not finished"]
+    text = (path / sums.NAME).read_bytes().decode("utf-8", "replace")
+    expected = sums.from_text(text)
+    if text != sums.to_text(expected):
+        return [f"{sums.NAME} itself was changed"]
     names = sorted(expected.keys() - {_RECORD}) + [_RECORD]
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:  # hashing leaves the interpreter's lock
-        actual = dict(zip(names, pool.map(_sha256, [path / name for name in names]), strict=True))
+    actual = sums.digests(path, names)
     wrong = [f"{name} is missing" for name in names if actual[name] is None]
     wrong += [f"{name} was changed" for name in names if actual[name] not in (None, expected.get(name))]
     if not wrong:
@@ -134,7 +130,7 @@ def problems(folder: str | Path, step: int) -> list[str]:
         if record["step"] != step:
             wrong.append(f"it is a copy of step {record['step']}")
         if record["files"] != len(expected):
-            wrong.append(f"{_SUMS} lists {len(expected)} of {record['files']} files")
+            wrong.append(f"{sums.NAME} lists {len(expected)} of {record['files']} files")
     return wrong
 
 
@@ -145,36 +141,11 @@ def _seal(path: Path, record: dict[str, Any]) -> None:
     """Write the record, and then the list that makes the step a finished one."""
     names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
     names.append(_RECORD)
-    _write(path / _RECORD, json.dumps({**record, "files": len(names)}))
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        digests = list(pool.map(_sha256, [path / name for name in names]))
-    if None in digests:
-        raise OSError(f"{names[digests.index(None)]} cannot be read back")
-    _write(path / _SUMS, _sums(dict(zip(names, digests, strict=True))))
-
-
-def _sums(digests: dict[str, str]) -> str:
-    """In the format of the sha256sum program."""
-    return "".join(f"{digest}  {name}\n" for name, digest in digests.items())
-
-
-def _write(path: Path, text: str) -> None:
-    """The file appears whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _sha256(path: Path) -> str | None:
-    """None if the file cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return None
+    sums.write(path / _RECORD, json.dumps({**record, "files": len(names)}))
+    digests = sums.digests(path, names)
+    if unread := [name for name in names if digests[name] is None]:
+        raise OSError(f"{unread[0]} cannot be read back")
+    sums.write(path / sums.NAME, sums.to_text(digests))
 
 
 def _prune(folder: Path, step: int, keep: int) -> None:
@@ -182,7 +153,8 @@ def _prune(folder: Path, step: int, keep: int) -> None:
     run may have gone back because it is broken."""
     old = [saved for saved in steps(folder) if saved <= step][: -max(keep, 1)]
     for path in [folder / f"{number:08d}" for number in old] + _leftovers(folder):
-        (path / _SUMS).unlink(missing_ok=True)  # first: a removal that is interrupted leaves no step that looks whole
+        # First: a removal that is interrupted leaves no step that looks whole.
+        (path / sums.NAME).unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -2,7 +2,7 @@
 
 A file is 8 bytes of length, a JSON header of that length (name -> dtype, shape, data offsets; ``__metadata__`` ->
 texts), and the data. The safetensors library takes the last of two equal keys in silence and has no checksums. Here a
-header is checked in full before a tensor is looked at, and the files we write carry a CRC-32 of every tensor, and of
+header is checked in full before a tensor is looked at, and the files we write carry the SHA-256 of every tensor, and of
 the header, in their metadata, where other readers ignore it.
 """
 
@@ -11,12 +11,13 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import uuid
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ import ml_dtypes
 import numpy as np
 
 from sd_jax.types import RequestError, WeightsError
-from sd_jax.weights.stored_zip import map_file
+from sd_jax.weights.mapped import MappedFile, ahead
 from sd_jax.weights.torch_pickle import HOSTILE, short
 
 MAX_HEADER = 64 << 20  # bytes; v1-4's is 200 kB
@@ -48,33 +49,45 @@ _DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_CRC = "sd_jax_crc32"  # metadata: 8 hex digits for each tensor in order of offset, then 8 for the header
+SUMS = "sd_jax_sha256"  # metadata: 64 hex digits for each tensor in order of offset, then 64 for the header
+RESERVED = 8192  # bytes of a header that metadata may take that are known only when the tensors are written
 
 
 @dataclasses.dataclass(frozen=True)
 class SafeTensor:
     """A tensor that still lies in the file."""
 
-    path: str
+    file: MappedFile
     name: str
     dtype: np.dtype
     shape: tuple[int, ...]
-    content: memoryview
-    crc: int | None
+    start: int  # bytes in the file
+    stop: int
+    sha256: str | None  # to be checked when it is read
 
     def read(self) -> np.ndarray:
-        """A read-only view of the file. Raises WeightsError where its bytes do not match the CRC written with them."""
-        if self.crc is not None and zlib.crc32(self.content) != self.crc:
-            raise WeightsError(f"{self.path} is damaged: {short(self.name)} does not match its CRC; get the file again")
-        return (
-            np.ndarray(self.shape, self.dtype, self.content) if len(self.content) else np.empty(self.shape, self.dtype)
-        )
+        """A read-only view of the file. Raises WeightsError where its bytes are not those that were written."""
+        content = self.file.data[self.start : self.stop]
+        if self.sha256 is not None and hashlib.sha256(content).hexdigest() != self.sha256:
+            raise WeightsError(
+                f"{self.file.path} is damaged: {short(self.name)} does not match its SHA-256; get the file again"
+            )
+        return np.ndarray(self.shape, self.dtype, content) if len(content) else np.empty(self.shape, self.dtype)
+
+    def forget(self) -> None:
+        """Its bytes may leave memory; ``read`` brings them back."""
+        self.file.forget(self.start, self.stop)
 
 
-def open_safetensors(path: str | os.PathLike) -> tuple[dict[str, SafeTensor], dict[str, str]]:
-    """-> (tensors by name, metadata). Reads the header alone. Raises WeightsError."""
+def open_safetensors(path: str | os.PathLike, *, verify: bool = True) -> tuple[dict[str, SafeTensor], dict[str, str]]:
+    """-> (tensors by name, metadata). Reads the header alone.
+
+    ``verify``: check the header now, and each tensor when it is read, against the SHA-256 of files that have them.
+    Raises WeightsError.
+    """
     path = os.fspath(path)
-    data = map_file(path)
+    file = MappedFile(path)
+    data = file.data
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > MAX_HEADER or data[8:9] != b"{":
         raise WeightsError(f"{path} is not a safetensors file: it starts with {bytes(data[:8])!r}; download it again")
@@ -82,7 +95,7 @@ def open_safetensors(path: str | os.PathLike) -> tuple[dict[str, SafeTensor], di
         raise WeightsError(
             f"{path} is cut short: {8 + length} bytes or more expected, {len(data)} there; download it again"
         )
-    raw, body = bytes(data[8 : 8 + length]), data[8 + length :]
+    raw, begin = bytes(data[8 : 8 + length]), 8 + length
     header = _parse(path, raw)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -96,14 +109,14 @@ def open_safetensors(path: str | os.PathLike) -> tuple[dict[str, SafeTensor], di
                 f"{path} has bytes {end} to {start} twice or not at all, before {short(name)}; {HOSTILE}"
             )
         end = stop
-    if end != len(body):
+    if begin + end != len(data):
         raise WeightsError(
-            f"{path} is cut short or too long: {8 + length + end} bytes expected, {len(data)} there; download it again"
+            f"{path} is cut short or too long: {begin + end} bytes expected, {len(data)} there; download it again"
         )
-    crcs = _checksums(path, raw, metadata, len(entries))
+    sums = _sums(path, raw, metadata, len(entries)) if verify else [None] * len(entries)
     tensors = {
-        name: SafeTensor(path, name, dtype, shape, body[start:stop], crc)
-        for (name, dtype, shape, start, stop), crc in zip(entries, crcs, strict=True)
+        name: SafeTensor(file, name, dtype, shape, begin + start, begin + stop, sha256)
+        for (name, dtype, shape, start, stop), sha256 in zip(entries, sums, strict=True)
     }
     return tensors, metadata
 
@@ -114,37 +127,58 @@ def write_safetensors(
     metadata: dict[str, str],
     *,
     overwrite: bool = False,
+    complete: Callable[[Path], dict[str, str]] | None = None,
 ) -> None:
-    """Write (name, shape, dtype, read) tensors, each read when its turn comes and dropped behind it.
+    """Write (name, shape, dtype, read) tensors, some read ahead in threads, each dropped when it is written.
 
-    The file appears under its name only when it is whole. Raises RequestError where it is there already (without
+    ``complete`` is called with the whole file, still under another name, and returns metadata to be added, of at most
+    RESERVED bytes. The file appears under its name only then. Raises RequestError where it is there already (without
     ``overwrite``, or as a folder) or the disk has too little room.
     """
     if os.path.isdir(path):
         raise RequestError(f"{os.fspath(path)} is a folder, and a file is to be written; choose another name")
     tensors = [(name, tuple(shape), np.dtype(dtype), read) for name, shape, dtype, read in tensors]
-    header: dict[str, Any] = {"__metadata__": {**metadata, _CRC: "0" * 8 * (len(tensors) + 1)}}
+    header: dict[str, Any] = {}
     end = 0
     for name, shape, dtype, _ in tensors:
         start, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    raw = json.dumps(header).encode()
-    raw += b" " * (-len(raw) % 8)
-    with replacing(path, overwrite=overwrite, size=8 + len(raw) + end) as temporary, open(temporary, "wb") as f:
-        f.write(len(raw).to_bytes(8, "little") + raw)
-        crcs = []
-        for name, shape, dtype, read in tensors:
-            array = np.asarray(read(), order="C")
-            assert (array.shape, array.dtype) == (shape, dtype), (name, array.shape, array.dtype)
-            content = memoryview(array.reshape(-1).view(np.uint8))
-            crcs.append(zlib.crc32(content))
+    sums = ["0" * 64] * len(tensors)
+    length = len(_header(metadata, header, sums)) + (RESERVED if complete is not None else 0)
+    length += -length % 8
+    with replacing(path, overwrite=overwrite, size=8 + length + end) as temporary, open(temporary, "wb") as f:
+
+        def write_header(metadata: dict[str, str]) -> None:
+            f.seek(0)
+            f.write(length.to_bytes(8, "little") + _header(metadata, header, sums, length))
+            f.flush()
+
+        f.seek(8 + length)
+        for i, (content, sha256) in enumerate(ahead(_content, tensors)):
             f.write(content)
-            del array, content
-        checks = "".join(f"{crc:08x}" for crc in (*crcs, zlib.crc32(raw))).encode()
-        f.seek(8 + raw.index(b"0" * len(checks), raw.index(_CRC.encode())))
-        f.write(checks)
-        f.flush()
+            sums[i] = sha256
+            del content
+        write_header(metadata)
+        if complete is not None:
+            write_header(metadata | complete(temporary))
         os.fsync(f.fileno())
+
+
+def _content(entry: tuple[str, tuple[int, ...], np.dtype, Callable[[], np.ndarray]]) -> tuple[memoryview, str]:
+    """-> (the bytes of a tensor, their SHA-256)."""
+    name, shape, dtype, read = entry
+    array = np.asarray(read(), order="C")
+    assert (array.shape, array.dtype) == (shape, dtype), (name, array.shape, array.dtype)
+    content = memoryview(array.reshape(-1).view(np.uint8))
+    return content, hashlib.sha256(content).hexdigest()
+
+
+def _header(metadata: dict[str, str], entries: dict[str, Any], sums: list[str], length: int = 0) -> bytes:
+    """The header as JSON, filled up with spaces to ``length``. Its own SHA-256 is taken with zeros in place of sums."""
+    zeros = "0" * 64 * (len(sums) + 1)
+    raw = json.dumps({"__metadata__": {**metadata, SUMS: zeros}, **entries}).encode().ljust(length)
+    assert len(raw) <= length or not length, f"{len(raw)} bytes of header in a place for {length}"
+    return raw.replace(zeros.encode(), "".join((*sums, hashlib.sha256(raw).hexdigest())).encode(), 1)
 
 
 @contextlib.contextmanager
@@ -206,16 +240,13 @@ def _entry(path: str, name: str, entry: Any) -> tuple[str, np.dtype, tuple[int, 
     return name, _DTYPES[dtype], tuple(shape), start, stop
 
 
-def _checksums(path: str, raw: bytes, metadata: dict[str, str], count: int) -> list[int | None]:
-    """The CRC of each tensor; None in files of other writers. Checks the header's own."""
-    checks = metadata.get(_CRC)
-    if checks is None:
+def _sums(path: str, raw: bytes, metadata: dict[str, str], count: int) -> list[str | None]:
+    """The SHA-256 of each tensor; None in files of other writers. Checks the header's own."""
+    joined = metadata.get(SUMS)
+    if joined is None:
         return [None] * count
-    try:
-        crcs = [int(checks[i : i + 8], 16) for i in range(0, len(checks), 8)]
-    except ValueError:
-        crcs = []
-    sound = len(crcs) == count + 1
-    if not sound or zlib.crc32(raw.replace(checks.encode(), b"0" * len(checks), 1)) != crcs[-1]:
-        raise WeightsError(f"{path} is damaged: its header does not match its CRC; get the file again")
-    return crcs[:-1]
+    sums = [joined[i : i + 64] for i in range(0, len(joined), 64)]
+    sound = re.fullmatch("[0-9a-f]*", joined) and len(joined) == 64 * (count + 1)
+    if not sound or hashlib.sha256(raw.replace(joined.encode(), b"0" * len(joined), 1)).hexdigest() != sums[-1]:
+        raise WeightsError(f"{path} is damaged: its header does not match its SHA-256; get the file again")
+    return sums[:-1]

@@ -9,14 +9,12 @@ read.
 from __future__ import annotations
 
 import dataclasses
-import mmap
-import os
-import stat
 import struct
 import zlib
 from collections.abc import Callable
 
 from sd_jax.types import WeightsError
+from sd_jax.weights.mapped import MappedFile
 from sd_jax.weights.torch_pickle import HOSTILE, short
 
 MAX_MEMBERS = 1 << 16
@@ -38,8 +36,9 @@ class StoredZip:
     WeightsError, here and in ``view`` and ``read``.
     """
 
-    def __init__(self, path: str, data: memoryview, expected: Callable[[memoryview], int | None] = lambda data: None):
-        self.path, self.data = path, data
+    def __init__(self, file: MappedFile, expected: Callable[[memoryview], int | None] = lambda data: None):
+        self.file, self.path, self.data = file, file.path, file.data
+        path, data = self.path, self.data
         try:
             self.members = _directory(path, data)
         except _CutShort as e:
@@ -52,7 +51,12 @@ class StoredZip:
         self.has_crc = any(member.crc for member in self.members.values())
 
     def view(self, name: str) -> memoryview:
-        """The bytes of a member, unchecked; its local header says where they start."""
+        """The bytes of a member, unchecked."""
+        start = self.start(name)
+        return self.data[start : start + self.members[name].size]
+
+    def start(self, name: str) -> int:
+        """Where the bytes of a member start, which its local header says."""
         member, wanted = self.members[name], name.encode()
         header = bytes(self.data[member.header : member.header + 30])
         if len(header) == 30 and header.startswith(b"PK\x03\x04"):
@@ -60,7 +64,7 @@ class StoredZip:
             start = member.header + 30 + names + extra
             found = bytes(self.data[member.header + 30 : member.header + 30 + names])
             if found == wanted and start + member.size <= len(self.data):
-                return self.data[start : start + member.size]
+                return start
         raise WeightsError(
             f"{self.path} has no member at byte {member.header}, where {short(name)} should be; {HOSTILE}"
         )
@@ -78,19 +82,6 @@ class StoredZip:
     def check(self, name: str, content: memoryview) -> None:
         if self.has_crc and zlib.crc32(content) != self.members[name].crc:
             raise WeightsError(f"{self.path} is damaged: {short(name)} does not match its CRC; download it again")
-
-
-def map_file(path: str) -> memoryview:
-    """A whole file, mapped read-only. Raises WeightsError where there is none."""
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise WeightsError(f"{path} is not a file; give a checkpoint file")
-        if os.path.getsize(path) == 0:
-            raise WeightsError(f"{path} is empty; download it again")
-        with open(path, "rb") as f:
-            return memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
-    except OSError as e:
-        raise WeightsError(f"{path} cannot be read ({e.strerror}); check the path and its permissions") from None
 
 
 class _CutShort(Exception):

@@ -18,7 +18,8 @@ import numpy as np
 
 from sd_jax.types import WeightsError
 from sd_jax.weights import torch_pickle
-from sd_jax.weights.stored_zip import StoredZip, map_file
+from sd_jax.weights.mapped import MappedFile
+from sd_jax.weights.stored_zip import StoredZip
 from sd_jax.weights.torch_pickle import HOSTILE, Global, short
 
 MAX_PICKLE = 32 << 20  # bytes; v1-4's is under 1 MB
@@ -72,10 +73,10 @@ def open_checkpoint(path: str | os.PathLike, *, verify: bool = True) -> TorchFil
     ``verify``: check the CRC of each storage when it is first read. Raises WeightsError.
     """
     path = os.fspath(path)
-    data = map_file(path)
-    if data[:4] != b"PK\x03\x04":
-        raise WeightsError(f"{path} {_what(bytes(data[:512]))}")
-    archive = StoredZip(path, data, _expected_size)
+    file = MappedFile(path)
+    if file.data[:4] != b"PK\x03\x04":
+        raise WeightsError(f"{path} {_what(bytes(file.data[:512]))}")
+    archive = StoredZip(file, _expected_size)
     root = _root(archive)
     order = archive.read(f"{root}/byteorder", 16) if f"{root}/byteorder" in archive.members else b"little"
     if order != b"little":
@@ -116,6 +117,10 @@ class LazyTensor:
         # numpy checks here once more that every element lies within the storage.
         return np.ndarray(self.shape, self.dtype, content, self.offset * size, tuple(s * size for s in self.stride))
 
+    def forget(self) -> None:
+        """The storage may leave memory; ``read`` brings it back."""
+        self.storage.forget()
+
 
 @dataclasses.dataclass
 class Storage:
@@ -132,6 +137,10 @@ class Storage:
             self.archive.check(self.name, self.content)
             self.verified = True
         return self.content
+
+    def forget(self) -> None:
+        start = self.archive.start(self.name)
+        self.archive.file.forget(start, start + len(self.content))
 
 
 class _Storages:

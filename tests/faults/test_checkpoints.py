@@ -18,7 +18,7 @@ import optax
 import pytest
 
 from sd_jax.types import RequestError
-from sd_jax.weights import checkpoint
+from sd_jax.weights import checkpoint, sums
 
 ROOT = Path(checkpoint.__file__).parents[2]
 
@@ -55,7 +55,7 @@ SAVE_FOR_EVER = textwrap.dedent(
     """
     import sys
     import jax, jax.numpy as jnp, optax
-    from sd_jax.weights import checkpoint
+    from sd_jax.weights import checkpoint, sums
 
     def make_state(step, size):
         params = {"kernel": jnp.full((size, size), float(step)) + jnp.arange(size)}
@@ -101,7 +101,7 @@ def test_f37_a_save_cut_off_before_its_list_is_not_a_step(folder, monkeypatch, c
         return real(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(checkpoint.os, call, cut)
+        patch.setattr(os, call, cut)
         checkpoint.save(folder, 3, make_state(3), {"position": 3})
     step, warned = restore(folder)
     assert step == 2 and "step 3 (no SHA256SUMS" in warned[0]
@@ -144,14 +144,14 @@ def test_f38_no_room_for_the_list_either(folder, monkeypatch):
     def full(path, text):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_write", full)
+    monkeypatch.setattr(sums, "write", full)
     with pytest.raises(checkpoint.CheckpointError, match="No space left on device"):
         checkpoint.save(folder, 3, make_state(3), keep=1)
     assert sorted(os.listdir(folder)) == ["00000001", "00000002"]
 
 
 def test_f38_what_cannot_be_read_back_was_not_saved(folder, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_sha256", lambda path: None)
+    monkeypatch.setattr(sums, "sha256", lambda path: None)
     with pytest.raises(checkpoint.CheckpointError, match="cannot be read back; step 2 is still there"):
         checkpoint.save(folder, 3, make_state(3), keep=1)
     assert sorted(os.listdir(folder)) == ["00000001", "00000002"]

@@ -96,7 +96,7 @@ def test_a_flipped_bit_in_what_we_wrote(tmp_path, written):
         raw[at] ^= 1
         path.write_bytes(raw)
         safetensors.numpy.load_file(path)
-        with pytest.raises(WeightsError, match="does not match its CRC"):
+        with pytest.raises(WeightsError, match="does not match its SHA-256"):
             open_source(path).params()
 
 
@@ -265,7 +265,7 @@ ENTRY = '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
         '{"a":{"dtype":"F4","shape":[1],"data_offsets":[0,4]}}': "a in F4",
         '{"a":[1]}': "something else than a tensor",
         '{"__metadata__":{"a":1}}': "not texts",
-        f'{{"__metadata__":{{"sd_jax_crc32":"\\ud800"}},"a":{ENTRY}}}': "does not match its CRC",
+        f'{{"__metadata__":{{"sd_jax_sha256":"\\ud800"}},"a":{ENTRY}}}': "does not match its SHA-256",
         '{"a"': "not JSON",
         '{"a":' + "[" * 100_000: "not JSON",
     }.items(),
