@@ -6,21 +6,30 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sd_jax import __version__
 from sd_jax.config import SDConfig, to_diffusers
 from sd_jax.tokenizer import Tokenizer
-from sd_jax.types import RequestError
+from sd_jax.types import RequestError, WeightsError
+from sd_jax.weights import sums
+from sd_jax.weights.files import FOLDERS
+from sd_jax.weights.metadata import NATIVE, RECORD, differences, tokenizer_to_dict
 from sd_jax.weights.parameters import Parameter, dtype_of, ordered, to_parameters
+from sd_jax.weights.probe import CAST, SAME, Probe, distance, probe
 from sd_jax.weights.safetensors_file import replacing, write_safetensors
-from sd_jax.weights.source import FOLDERS, NATIVE, Report, open_source, tokenizer_to_dict
+from sd_jax.weights.source import Report, Source, open_source
 from sd_jax.weights.tables import COMPONENTS, table
 
 TO = ("diffusers", "compvis", "native")
+LICENCE_LINK = "https://huggingface.co/spaces/CompVis/stable-diffusion-license"
+NOTICE = "LICENSE_NOTICE.txt"
+
+Record = Callable[[Path], Mapping[str, Any]]  # the model, whole but under a temporary name -> what is kept with it
 
 
 def convert(
@@ -29,27 +38,63 @@ def convert(
     *,
     to: str = "native",
     dtype: Any = None,
-    revision: str | None = None,
-    ema: bool | None = None,
-    tokenizer: Tokenizer | str | Path | None = None,
-    config: SDConfig | str | Path | None = None,
     overwrite: bool = False,
+    verify: bool = True,
+    **options: Any,
 ) -> Report:
-    """Write the model ``source`` (see ``open_source``) as ``dest``: a folder for "diffusers", else a safetensors file.
+    """Write the model ``source`` as ``dest``: a folder for "diffusers", else a safetensors file.
 
-    ``dtype`` None keeps every tensor's own. The result appears under its name only when it is whole. A safety checker
-    is left behind. Raises RequestError and WeightsError.
+    ``options`` are those of ``open_source``. ``dtype`` None keeps every tensor's own. The result appears under its name
+    only when it is whole, was opened again, and was found to be the same model: the same config, and, unless ``verify``
+    is off, the numbers of a probe that an earlier conversion left with ``source``. A record with this probe is kept in
+    the file's metadata or the folder's sd_jax.json. A safety checker is left behind. Raises RequestError and
+    WeightsError.
     """
     if to not in TO:
         raise RequestError(f"to {to!r} is not a layout that is written; use one of {', '.join(TO)}")
     dtype = None if dtype is None else dtype_of(dtype)
-    opened = open_source(source, revision=revision, ema=ema, tokenizer=tokenizer, config=config)
+    opened = open_source(source, verify=verify, **options)
+
+    def record(written: Path) -> Mapping[str, Any]:
+        again = open_source(written, tokenizer=opened.tokenizer, verify=False)  # its bytes are still in memory
+        if wrong := differences(again.config, opened.config, (*COMPONENTS, "noise")):
+            raise WeightsError(f"{dest} would be another model than {source} ({wrong}); report this defect of sd_jax")
+        return _record(opened, again, str(source), probe(again.config, again.parameters) if verify else None)
+
+    keywords = {"dtype": dtype, "overwrite": overwrite, "record": record, "licence": opened.licence}
     if to == "compvis":
-        write_compvis(dest, opened.config, opened.parameters, dtype=dtype, overwrite=overwrite)
+        write_compvis(dest, opened.config, opened.parameters, **keywords)
     else:
         write = write_native if to == "native" else write_diffusers
-        write(dest, opened.config, opened.parameters, opened.tokenizer, dtype=dtype, overwrite=overwrite)
+        write(dest, opened.config, opened.parameters, opened.tokenizer, **keywords)
     return opened.report
+
+
+def _record(opened: Source, again: Source, source: str, found: Probe | None) -> dict[str, Any]:
+    """What is kept with a conversion. Raises WeightsError where the source's own record has another probe."""
+    recorded = (opened.record or {}).get("probe")
+    if (
+        found is not None and recorded is not None and not opened.report.parts
+    ):  # parts from elsewhere give other numbers
+        kept = all(parameter.dtype == opened.parameters[path].dtype for path, parameter in again.parameters.items())
+        name, off = distance(recorded, found)
+        if not off <= (limit := SAME if kept else CAST):
+            raise WeightsError(
+                f"{source} does not compute what was recorded with it: {name} is off by {off:.2g} of its spread where "
+                f"at most {limit:g} is expected; its heads, groups or epsilons were changed, give the config it had"
+            )
+    report = opened.report
+    record = {
+        "version": __version__,
+        "source": Path(source).name if os.path.exists(source) else source,
+        "layout": report.layout,
+        "revision": report.revision,
+        "ema": report.ema,
+        "parts": {component: Path(part).name if os.path.exists(part) else part for component, part in report.parts},
+        "licence": opened.licence,
+        "probe": found,
+    }
+    return {name: value for name, value in record.items() if value not in (None, {})}
 
 
 def write_native(
@@ -60,6 +105,8 @@ def write_native(
     *,
     dtype: Any = None,
     overwrite: bool = False,
+    record: Record | None = None,
+    licence: str | None = None,
 ) -> None:
     """One safetensors file that is the whole model: parameters by path, config and tokenizer in the metadata.
 
@@ -68,22 +115,29 @@ def write_native(
     tokenizer.check(config.clip.vocab_size)
     parameters = to_parameters(config, params)
     dtypes = {path: parameter.dtype if dtype is None else dtype_of(dtype) for path, parameter in parameters.items()}
-    metadata = {
-        "format": NATIVE,
-        "config": json.dumps(dataclasses.asdict(config)),
-        "tokenizer": json.dumps(tokenizer_to_dict(tokenizer), ensure_ascii=False),
-    }
+    metadata = _metadata(NATIVE, config, licence)
+    metadata["tokenizer"] = json.dumps(tokenizer_to_dict(tokenizer), ensure_ascii=False)
     entries = [(path, p.shape, dtypes[path], _reader(p, dtypes[path])) for path, p in parameters.items()]
-    write_safetensors(path, entries, metadata, overwrite=overwrite)
+    write_safetensors(path, entries, metadata, overwrite=overwrite, complete=_in_metadata(record))
 
 
 def write_compvis(
-    path: str | Path, config: SDConfig, params: Mapping[str, Any], *, dtype: Any = None, overwrite: bool = False
+    path: str | Path,
+    config: SDConfig,
+    params: Mapping[str, Any],
+    *,
+    dtype: Any = None,
+    overwrite: bool = False,
+    record: Record | None = None,
+    licence: str | None = None,
 ) -> None:
-    """The single-file layout of CompVis/stable-diffusion, which holds no config and no tokenizer."""
+    """The single-file layout of CompVis/stable-diffusion. It holds no tokenizer; our config is in its metadata, where
+    other programs do not look for one.
+    """
     parameters = to_parameters(config, params)
     entries = [entry for c in COMPONENTS for entry in _theirs("compvis", c, config, parameters, dtype)]
-    write_safetensors(path, entries, {"format": "pt"}, overwrite=overwrite)
+    metadata = _metadata("pt", config, licence)
+    write_safetensors(path, entries, metadata, overwrite=overwrite, complete=_in_metadata(record))
 
 
 def write_diffusers(
@@ -94,8 +148,13 @@ def write_diffusers(
     *,
     dtype: Any = None,
     overwrite: bool = False,
+    record: Record | None = None,
+    licence: str | None = None,
 ) -> None:
-    """A folder that diffusers' StableDiffusionPipeline opens too. ``overwrite`` replaces only a folder of that kind."""
+    """A folder that diffusers' StableDiffusionPipeline opens too, with a list of its files' SHA-256.
+
+    ``overwrite`` replaces only a folder of that kind.
+    """
     if overwrite and os.path.lexists(folder) and not (Path(folder) / "model_index.json").is_file():
         raise RequestError(f"{folder} is there already and is no diffusers folder; choose another name or remove it")
     tokenizer.check(config.clip.vocab_size)
@@ -114,6 +173,31 @@ def write_diffusers(
         _write_json(temporary / "scheduler" / "scheduler_config.json", jsons["scheduler"])
         _write_json(temporary / "model_index.json", _model_index(jsons))
         tokenizer.save(temporary / "tokenizer")
+        if licence is not None:
+            (temporary / NOTICE).write_text(_notice(licence), encoding="utf-8")
+        if record is not None:
+            _write_json(temporary / RECORD, record(temporary))
+        names = sorted(path.relative_to(temporary).as_posix() for path in temporary.rglob("*") if path.is_file())
+        sums.write(temporary / sums.NAME, sums.to_text(sums.digests(temporary, names)))
+
+
+def _metadata(kind: str, config: SDConfig, licence: str | None) -> dict[str, str]:
+    own = {"format": kind, "config": json.dumps(dataclasses.asdict(config))}
+    return own if licence is None else own | {"license": licence, "license_link": LICENCE_LINK}
+
+
+def _in_metadata(record: Record | None) -> Callable[[Path], dict[str, str]] | None:
+    return None if record is None else lambda path: {NATIVE: json.dumps(record(path))}
+
+
+def _notice(licence: str) -> str:
+    return (
+        f"These weights have the shape of Stable Diffusion v1. The released ones, and whatever is made from them, are\n"
+        f"under the {licence} licence:\n\n    {LICENCE_LINK}\n\n"
+        "Its use restrictions (Attachment A) bind everyone who uses the weights. Whoever passes them on, changed or\n"
+        "not, has to pass on the licence, bind the receivers to the same restrictions, and say what was changed.\n\n"
+        f"This copy was written by sd_jax {__version__}; {RECORD}, where it is there, says from what.\n"
+    )
 
 
 def _theirs(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from sd_jax.config import SD_V1_4, SDConfig
+from sd_jax.weights.parameters import Tensor
 from sd_jax.weights.tables import Shape
 
 _CROSS = (  # a cross-attention key projection: its second axis is the width of the context
@@ -60,3 +63,11 @@ def recognise_config(model_index: Mapping[str, Any], unet: Mapping[str, Any]) ->
     if unet.get("in_channels") == 8:
         return "InstructPix2Pix (8 input channels), which sd_jax does not run"
     return None
+
+
+def v1_config(tensors: Mapping[str, Tensor]) -> SDConfig:
+    """v1-4's; or the inpainting model's, to whose UNet a mask and the latents of the masked image come along."""
+    inputs = {tuple(tensors[name].shape)[1:2] for name in _CONV_IN if name in tensors}
+    if inputs != {(9,)}:
+        return SD_V1_4
+    return dataclasses.replace(SD_V1_4, unet=dataclasses.replace(SD_V1_4.unet, in_channels=9))

@@ -19,11 +19,12 @@ import numpy as np
 from sd_jax.config import SDConfig
 from sd_jax.types import Params, RequestError, WeightsError
 from sd_jax.weights.mapped import ahead
-from sd_jax.weights.tables import COMPONENTS, SAME, Row, Shape, Transform, parameter_shapes
+from sd_jax.weights.tables import COMPONENTS, PREFIXES, SAME, Row, Shape, Transform, parameter_shapes
 from sd_jax.weights.torch_pickle import short
 
 DTYPES = ("float32", "bfloat16", "float16")
 _BLOCK = 128  # elements
+MANY_EMA = 100  # more keys than this under model_ema. mean that the averaged weights are there
 NEAREST = 40  # missing names for which a near one is looked up; it takes a millisecond each
 
 
@@ -146,6 +147,32 @@ def set_aside(tensors: Mapping[str, Tensor], patterns: Iterable[str]) -> tuple[d
     skip = re.compile("|".join(f"(?:{pattern})" for pattern in patterns))
     aside = {name: None for name in tensors if skip.fullmatch(name)}
     return {name: tensor for name, tensor in tensors.items() if name not in aside}, tuple(aside)
+
+
+def choose_ema(
+    path: Any, rows: Mapping[str, Row], tensors: Mapping[str, Tensor], ema: bool | None
+) -> tuple[dict[str, Row], dict[str, Tensor], bool | None]:
+    """CompVis keeps the averaged UNet as model_ema.<name without dots>. -> (rows, tensors, which, if both exist)."""
+    averaged = {name for name in tensors if name.startswith("model_ema.")}
+    there = len(averaged) > MANY_EMA
+    if ema is True and not there:
+        raise WeightsError(f"{path} has no averaged (EMA) weights beside its own; leave ema out")
+    plain = {name: tensor for name, tensor in tensors.items() if name not in averaged}
+    if not there:
+        return dict(rows), plain, None
+    if ema is False:
+        return dict(rows), plain, False
+
+    def of_ema(name: str) -> str:
+        return "model_ema." + name.removeprefix("model.").replace(".", "")
+
+    chosen = {
+        path: dataclasses.replace(row, names=tuple(map(of_ema, row.names)))
+        for path, row in rows.items()
+        if path.startswith("unet/")
+    }
+    others = {name: tensor for name, tensor in tensors.items() if not name.startswith(PREFIXES["unet"])}
+    return {**rows, **chosen}, others, True
 
 
 def match(

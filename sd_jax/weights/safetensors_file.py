@@ -9,6 +9,7 @@ the header, in their metadata, where other readers ignore it.
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
@@ -160,7 +161,11 @@ def write_safetensors(
             del content
         write_header(metadata)
         if complete is not None:
-            write_header(metadata | complete(temporary))
+            with concurrent.futures.ThreadPoolExecutor(1) as pool:  # the disk need not wait for it
+                flushed = pool.submit(os.fsync, f.fileno())
+                completed = complete(temporary)
+                flushed.result()
+            write_header(metadata | completed)
         os.fsync(f.fileno())
 
 

@@ -24,7 +24,30 @@ from sd_jax.models.unet import UNet
 from sd_jax.models.vae import VAE
 
 COMPONENTS = ("clip", "unet", "vae")
+NAMES = {"clip": "text encoder", "unet": "UNet", "vae": "autoencoder"}
 LAYOUTS = ("compvis", "diffusers")
+PREFIXES = {
+    "clip": "cond_stage_model.transformer.",
+    "unet": "model.diffusion_model.",
+    "vae": "first_stage_model.",
+}  # CompVis
+# In files of whole models, but no weights: integer positions, the schedule's tables, the VAE's training loss.
+POSITIONS = r".*\bposition_ids"
+COMPVIS_IGNORED = (
+    POSITIONS,
+    r"model_ema\.(decay|num_updates)",
+    r"first_stage_model\.loss\..*",
+    r"(alphas_cumprod.*|betas|logvar|scale_factor|sqrt_.*|log_one_minus_.*|posterior_.*|lvlb_weights)",
+)
+# And in files of one network: the same, and the rest of CLIP.
+PART_IGNORED = (
+    *COMPVIS_IGNORED,
+    r"loss\..*",
+    r"(vision_model|vision_embed_tokens)\..*",
+    r"(text|visual)_projection\.weight",
+    r"logit_scale",
+)
+
 Shape = tuple[int, ...]
 
 
@@ -221,7 +244,7 @@ def _unet_diffusers(c: UNetConfig) -> Iterator[tuple]:
 
 def _unet_compvis(c: UNetConfig) -> Iterator[tuple]:
     """CompVis numbers the blocks through: conv_in is input 0, and a level ends in its downsampling."""
-    unet = "model.diffusion_model"
+    unet = PREFIXES["unet"].rstrip(".")
     yield f"{unet}.input_blocks.0.0", "conv_in", _CONV
     yield f"{unet}.time_embed.0", "time_embedding/fc1", _DENSE
     yield f"{unet}.time_embed.2", "time_embedding/fc2", _DENSE
@@ -266,7 +289,7 @@ def _vae_diffusers(c: VAEConfig) -> Iterator[tuple]:
 
 def _vae_compvis(c: VAEConfig) -> Iterator[tuple]:
     """Unlike the UNet's, CompVis' VAE counts its decoder's levels as we do: 0 is the finest."""
-    vae = "first_stage_model"
+    vae = PREFIXES["vae"].rstrip(".")
     yield f"{vae}.quant_conv", "quant_conv", _POINT
     yield f"{vae}.post_quant_conv", "post_quant_conv", _POINT
     for half in ("encoder", "decoder"):
@@ -285,7 +308,7 @@ def _vae_compvis(c: VAEConfig) -> Iterator[tuple]:
 
 
 _TABLES = {
-    ("compvis", "clip"): _clip("cond_stage_model.transformer text_model|"),
+    ("compvis", "clip"): _clip(f"{PREFIXES['clip'].rstrip('.')} text_model|"),
     ("compvis", "unet"): _unet_compvis,
     ("compvis", "vae"): _vae_compvis,
     ("diffusers", "clip"): _clip("text_model|"),

@@ -1,0 +1,97 @@
+"""What the files that sd_jax writes say of themselves: their config, their tokenizer, and how they were made."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sd_jax.config import CLIPConfig, NoiseConfig, SDConfig, UNetConfig, VAEConfig, checked
+from sd_jax.tokenizer import Tokenizer
+from sd_jax.types import WeightsError
+from sd_jax.weights.files import WeightFile, read_json
+from sd_jax.weights.tables import COMPONENTS
+
+NATIVE = "sd_jax"  # metadata "format" of our own files, and the key of the record of how they were made
+RECORD = "sd_jax.json"  # that record in a folder
+
+
+def own_config(path: Path, file: WeightFile) -> SDConfig | None:
+    """The config in a file that sd_jax wrote."""
+    if "config" not in file.metadata and file.metadata.get("format") != NATIVE:
+        return None
+    return from_metadata(path, lambda: config_from_dict(json.loads(file.metadata["config"])))
+
+
+def own_record(path: Path, file: WeightFile) -> dict[str, Any] | None:
+    """What sd_jax noted when it wrote a file; see ``convert``."""
+    if NATIVE not in file.metadata:
+        return None
+    return from_metadata(path, lambda: checked_record(json.loads(file.metadata[NATIVE])))
+
+
+def folder_record(folder: Path) -> dict[str, Any] | None:
+    """The same of a folder."""
+    path = folder / RECORD
+    return from_metadata(path, lambda: checked_record(read_json(path))) if path.is_file() else None
+
+
+def checked_record(value: Any) -> dict[str, Any]:
+    """Raises ValueError where the probe in it is none."""
+    match value:
+        case {"probe": dict(probe)}:
+            lists = [numbers for numbers in probe.values() if isinstance(numbers, list)]
+            if len(lists) != len(probe) or not all(x is None or type(x) is float for n in lists for x in n):
+                raise ValueError("its probe holds something else than numbers")
+        case dict():
+            pass
+        case _:
+            raise ValueError("its record is no object")
+    return value
+
+
+def from_metadata(path: Path, read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as e:
+        raise WeightsError(
+            f"{path} has a config, tokenizer or record in it that cannot be used ({e}); convert it again"
+        ) from None
+
+
+def config_from_dict(values: dict[str, Any]) -> SDConfig:
+    """The inverse of ``dataclasses.asdict``, through JSON. Raises KeyError, TypeError and RequestError."""
+
+    def make(kind: type, fields: dict[str, Any]) -> Any:
+        return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})
+
+    parts = {"clip": CLIPConfig, "unet": UNetConfig, "vae": VAEConfig, "noise": NoiseConfig}
+    return SDConfig(**{name: checked(name, make(parts[name], fields)) for name, fields in values.items()})
+
+
+def tokenizer_from_dict(values: dict[str, Any]) -> Tokenizer:
+    """The inverse of ``tokenizer_to_dict``."""
+    vocab = {token: i for i, token in enumerate(values["vocab"])}
+    return Tokenizer(
+        vocab, tuple(tuple(merge.split(" ")) for merge in values["merges"]), values["pad"], tuple(values["words"])
+    )
+
+
+def tokenizer_to_dict(tokenizer: Tokenizer) -> dict[str, Any]:
+    """A JSON form: tokens in order of their ids, merges in order of priority."""
+    tokens = sorted(tokenizer.vocab, key=tokenizer.vocab.__getitem__)
+    merges = [" ".join(merge) for merge in tokenizer.merges]
+    return {"vocab": tokens, "merges": merges, "pad": tokenizer.pad, "words": list(tokenizer.words)}
+
+
+def differences(config: SDConfig, own: SDConfig, parts: Sequence[str] = COMPONENTS) -> str:
+    """Where two models' networks differ, in words. How they are sampled is not among ``parts``, and may."""
+    pairs = [(part, getattr(config, part), getattr(own, part)) for part in parts]
+    return ", ".join(
+        f"{part}.{field.name} {getattr(one, field.name)} not {getattr(other, field.name)}"
+        for part, one, other in pairs
+        for field in dataclasses.fields(one)
+        if getattr(one, field.name) != getattr(other, field.name)
+    )
