@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sd_jax import __version__
-from sd_jax.flags import OPTIONS, SOURCE, given, parse
+from sd_jax.flags import OPTIONS, ORIGIN, SOURCE, given, parse
 
 if TYPE_CHECKING:  # what is slow to import is imported when it is used; --help and a mistyped flag do not wait for it
     import numpy as np
@@ -106,11 +106,29 @@ def _convert(args: argparse.Namespace) -> int:
     from sd_jax.weights.convert import convert
 
     checks.as_folder(Path(args.dest).parent)
+    _start_jax(args.device)
     report = convert(args.source, args.dest, to=args.to, **given(args, SOURCE))
     for note in report.notes:
         _say(f"note: {note}")
     _say_ignored(report)
+    _say(f"{args.source}{f' at {report.revision}' if report.revision else ''}: its probe is kept with the result")
     print(args.dest)
+    return DONE
+
+
+def _info(args: argparse.Namespace) -> int:
+    import json
+
+    from sd_jax.weights.info import as_text, inspect
+
+    if args.probe:
+        _start_jax(args.device)
+    options = given(args, ("config", "ema", "revision", "variant", "verify"))
+    info = inspect(args.source, run_probe=args.probe, **options)
+    print(json.dumps(info, indent=2) if args.json else as_text(info, tensors=args.tensors))
+    if damaged := info.get("damaged"):
+        _say(f"error: {damaged[0]}" + (f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""))
+        return WRONG
     return DONE
 
 
@@ -172,6 +190,7 @@ COMMANDS = {
     "img2img": _generate,
     "inpaint": _generate,
     "convert": _convert,
+    "info": _info,
     "evaluate": _evaluate,
     "train": _train,
 }
@@ -268,7 +287,7 @@ def _metadata(
 ) -> dict[str, Any]:
     """All it takes to make the picture again (``--from-png``), and what of the prompts was not read."""
     metadata = {"command": args.command, "prompt": prompt, "seed": seed, "version": __version__}
-    metadata |= given(args, ("model", *SOURCE, "strength", "batch_size"))
+    metadata |= given(args, ("model", *ORIGIN, "strength", "batch_size"))
     metadata |= {"revision": pipe.report.revision, "ema": pipe.report.ema, "dtype": pipe.sd.dtype}
     metadata |= {name: getattr(options, name) for name in OPTIONS}
     metadata |= {"height": image.shape[0], "width": image.shape[1]}
@@ -312,7 +331,10 @@ def _load(args: argparse.Namespace) -> Pipeline:
         if not issubclass(warning.category, LicenceNotice) or _first_time("licence-notice"):
             _say(f"warning: {warning.message}")
     _say_ignored(pipe.report)
-    _say(f"{args.model} in {pipe.sd.dtype} on {devices}, from seed {args.seed}")
+    for component, part in pipe.report.parts:
+        _say(f"note: its {component} is from {part}")
+    commit = f" at {pipe.report.revision}" if pipe.report.revision else ""
+    _say(f"{args.model}{commit} in {pipe.sd.dtype} on {devices}, from seed {args.seed}")
     return pipe
 
 

@@ -9,9 +9,10 @@ from typing import Any, NoReturn
 from sd_jax import __version__
 
 # Flags, under the names that the Python API and the metadata of images have for them
-SOURCE = ("config", "tokenizer", "ema", "revision", "dtype")
+ORIGIN = ("config", "tokenizer", "ema", "revision", "variant", "parts")
+SOURCE = (*ORIGIN, "dtype", "verify")
 OPTIONS = ("negative", "steps", "guidance", "rescale", "sampler", "spacing", "eta", "long_prompt")
-REMEMBERED = ("model", *SOURCE, *OPTIONS, "seed", "height", "width", "strength", "image", "mask", "batch_size")
+REMEMBERED = ("model", *ORIGIN, "dtype", *OPTIONS, "seed", "height", "width", "strength", "image", "mask", "batch_size")
 
 
 def parse(argv: Sequence[str], metadata: Mapping[str, Any] | None = None) -> argparse.Namespace:
@@ -22,7 +23,7 @@ def parse(argv: Sequence[str], metadata: Mapping[str, Any] | None = None) -> arg
     """
     args = _with_remembered(argv, metadata or {}, REMEMBERED)
     if metadata and args.model != metadata.get("model", args.model):  # how to read that one says nothing of another
-        kept = [name for name in REMEMBERED if name not in ("config", "tokenizer", "ema", "revision")]
+        kept = [name for name in REMEMBERED if name not in ORIGIN]
         args = _with_remembered(argv, metadata, kept)
     if metadata and not args.prompts:
         args.prompts = [str(metadata.get("prompt", ""))]
@@ -33,7 +34,9 @@ def parse(argv: Sequence[str], metadata: Mapping[str, Any] | None = None) -> arg
 def _with_remembered(argv: Sequence[str], metadata: Mapping[str, Any], names: Sequence[str]) -> argparse.Namespace:
     flags = []
     for name in names:
-        if (value := metadata.get(name)) is not None:
+        if (value := metadata.get(name)) is not None and name == "parts":
+            flags += [text for part in dict(value).items() for text in ("--part", *map(str, part))]
+        elif value is not None:
             value = {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
             flags.append(f"--{name.replace('_', '-')}={value}")
     return _parser().parse_args([*argv[:1], *flags, *argv[1:]])  # the last of two flags wins
@@ -42,6 +45,13 @@ def _with_remembered(argv: Sequence[str], metadata: Mapping[str, Any], names: Se
 def given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
     """Those of ``names`` that have a value."""
     return {name: value for name in names if (value := getattr(args, name, None)) is not None}
+
+
+class _Parts(argparse.Action):
+    """--part vae FILE --part unet FILE -> {"vae": FILE, "unet": FILE}"""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        setattr(namespace, self.dest, {**(getattr(namespace, self.dest) or {}), values[0]: values[1]})
 
 
 class _Parser(argparse.ArgumentParser):
@@ -68,10 +78,18 @@ def _parser() -> argparse.ArgumentParser:
     paint.add_argument("--mask", metavar="FILE")
     paint.add_argument("--strength", type=float, default=1.0, metavar="F", help="how much is made anew, to 1 (1)")
 
-    convert = command(commands, "convert", "a model in another layout", files)
+    convert = command(commands, "convert", "a model in another layout", files, place)
     convert.add_argument("source", metavar="SOURCE", help="tiny, a hub id, a folder or a file")
     convert.add_argument("dest", metavar="DEST", help="a folder for diffusers, else a .safetensors file")
     convert.add_argument("--to", default="native", metavar="LAYOUT", help="diffusers, compvis or native (native)")
+
+    info = command(commands, "info", "what is in a checkpoint, and whether it is sound", files, place)
+    info.add_argument(
+        "source", metavar="SOURCE", help="tiny, a hub id, a folder or a file, of a model or a part of one"
+    )
+    info.add_argument("--json", action="store_true", help="as JSON, with every tensor")
+    info.add_argument("--tensors", action="store_true", help="list every tensor")
+    info.add_argument("--probe", action="store_true", help="run the networks; do they give what was recorded?")
 
     train = command(commands, "train", "train, or go on with training", place)
     train.add_argument("configuration", metavar="CONFIG", help="a Python file with get_config()")
@@ -110,6 +128,22 @@ def _source_flags() -> argparse.ArgumentParser:
     flags.add_argument("--tokenizer", metavar="T", help="a folder, or OpenAI's bpe_simple_vocab_16e6.txt.gz")
     flags.add_argument("--ema", type=_yes_no, metavar="yes|no", help="the averaged weights, or the others")
     flags.add_argument("--revision", metavar="R", help="branch, tag or commit on the hub")
+    flags.add_argument("--variant", metavar="V", help="of the files of a diffusers folder: fp16, say")
+    flags.add_argument(
+        "--part",
+        dest="parts",
+        action=_Parts,
+        nargs=2,
+        metavar=("clip|unet|vae", "FILE"),
+        help="take one network from elsewhere: a file, a folder or a hub id",
+    )
+    flags.add_argument(
+        "--no-verify",
+        dest="verify",
+        action="store_false",
+        default=None,
+        help="do not check the SHA-256 and CRC that files have",
+    )
     flags.add_argument("--dtype", metavar="D", help="float32, bfloat16 or float16")
     return flags
 

@@ -11,7 +11,7 @@ import functools
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -512,8 +512,11 @@ def load(
     dtype: str | None = None,
     revision: str | None = None,
     ema: bool | None = None,
+    variant: str | None = None,
     tokenizer: Tokenizer | str | Path | None = None,
     config: SDConfig | str | Path | None = None,
+    parts: Mapping[str, str | Path] | None = None,
+    verify: bool = True,
 ) -> Pipeline:
     """A ready ``Pipeline``.
 
@@ -521,7 +524,8 @@ def load(
       source: "tiny" (the embedded model), a hub id such as "CompVis/stable-diffusion-v1-4", a diffusers folder, or a
         .ckpt or .safetensors file. A single CompVis file is taken as v1-4-shaped unless ``config`` says otherwise.
       dtype: of the computation; None is bfloat16 on a TPU or GPU and float32 on a CPU. Parameters stay float32.
-      revision, ema, tokenizer, config: see ``weights.source.open_source``.
+      revision, ema, variant, tokenizer, config, parts, verify: see ``weights.source.open_source``;
+        ``parts={"vae": "stabilityai/sd-vae-ft-mse"}`` takes the autoencoder from elsewhere.
 
     Raises:
       RequestError: there is no such model. WeightsError: it is damaged, or not Stable Diffusion v1.
@@ -530,7 +534,16 @@ def load(
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if dtype not in DTYPES:
         raise RequestError(f"dtype {dtype!r} is not known; use one of {', '.join(DTYPES)}")
-    opened = open_source(source, revision=revision, ema=ema, tokenizer=tokenizer, config=config)
+    opened = open_source(
+        source,
+        revision=revision,
+        ema=ema,
+        variant=variant,
+        tokenizer=tokenizer,
+        config=config,
+        parts=parts,
+        verify=verify,
+    )
     for note in opened.report.notes:
         warnings.warn(note, stacklevel=2)
     if opened.licence is not None:

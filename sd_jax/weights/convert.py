@@ -18,7 +18,7 @@ from sd_jax.tokenizer import Tokenizer
 from sd_jax.types import RequestError, WeightsError
 from sd_jax.weights import sums
 from sd_jax.weights.files import FOLDERS
-from sd_jax.weights.metadata import NATIVE, RECORD, differences, tokenizer_to_dict
+from sd_jax.weights.metadata import LICENCE_LINK, NATIVE, RECORD, differences, licence_of, tokenizer_to_dict
 from sd_jax.weights.parameters import Parameter, dtype_of, ordered, to_parameters
 from sd_jax.weights.probe import CAST, SAME, Probe, distance, probe
 from sd_jax.weights.safetensors_file import replacing, write_safetensors
@@ -26,7 +26,6 @@ from sd_jax.weights.source import Report, Source, open_source
 from sd_jax.weights.tables import COMPONENTS, table
 
 TO = ("diffusers", "compvis", "native")
-LICENCE_LINK = "https://huggingface.co/spaces/CompVis/stable-diffusion-license"
 NOTICE = "LICENSE_NOTICE.txt"
 
 Record = Callable[[Path], Mapping[str, Any]]  # the model, whole but under a temporary name -> what is kept with it
@@ -61,7 +60,7 @@ def convert(
             raise WeightsError(f"{dest} would be another model than {source} ({wrong}); report this defect of sd_jax")
         return _record(opened, again, str(source), probe(again.config, again.parameters) if verify else None)
 
-    keywords = {"dtype": dtype, "overwrite": overwrite, "record": record, "licence": opened.licence}
+    keywords = {"dtype": dtype, "overwrite": overwrite, "record": record}
     if to == "compvis":
         write_compvis(dest, opened.config, opened.parameters, **keywords)
     else:
@@ -106,7 +105,6 @@ def write_native(
     dtype: Any = None,
     overwrite: bool = False,
     record: Record | None = None,
-    licence: str | None = None,
 ) -> None:
     """One safetensors file that is the whole model: parameters by path, config and tokenizer in the metadata.
 
@@ -115,7 +113,7 @@ def write_native(
     tokenizer.check(config.clip.vocab_size)
     parameters = to_parameters(config, params)
     dtypes = {path: parameter.dtype if dtype is None else dtype_of(dtype) for path, parameter in parameters.items()}
-    metadata = _metadata(NATIVE, config, licence)
+    metadata = _metadata(NATIVE, config)
     metadata["tokenizer"] = json.dumps(tokenizer_to_dict(tokenizer), ensure_ascii=False)
     entries = [(path, p.shape, dtypes[path], _reader(p, dtypes[path])) for path, p in parameters.items()]
     write_safetensors(path, entries, metadata, overwrite=overwrite, complete=_in_metadata(record))
@@ -129,14 +127,13 @@ def write_compvis(
     dtype: Any = None,
     overwrite: bool = False,
     record: Record | None = None,
-    licence: str | None = None,
 ) -> None:
     """The single-file layout of CompVis/stable-diffusion. It holds no tokenizer; our config is in its metadata, where
     other programs do not look for one.
     """
     parameters = to_parameters(config, params)
     entries = [entry for c in COMPONENTS for entry in _theirs("compvis", c, config, parameters, dtype)]
-    metadata = _metadata("pt", config, licence)
+    metadata = _metadata("pt", config)
     write_safetensors(path, entries, metadata, overwrite=overwrite, complete=_in_metadata(record))
 
 
@@ -149,7 +146,6 @@ def write_diffusers(
     dtype: Any = None,
     overwrite: bool = False,
     record: Record | None = None,
-    licence: str | None = None,
 ) -> None:
     """A folder that diffusers' StableDiffusionPipeline opens too, with a list of its files' SHA-256.
 
@@ -173,7 +169,7 @@ def write_diffusers(
         _write_json(temporary / "scheduler" / "scheduler_config.json", jsons["scheduler"])
         _write_json(temporary / "model_index.json", _model_index(jsons))
         tokenizer.save(temporary / "tokenizer")
-        if licence is not None:
+        if (licence := licence_of(config)) is not None:
             (temporary / NOTICE).write_text(_notice(licence), encoding="utf-8")
         if record is not None:
             _write_json(temporary / RECORD, record(temporary))
@@ -181,8 +177,9 @@ def write_diffusers(
         sums.write(temporary / sums.NAME, sums.to_text(sums.digests(temporary, names)))
 
 
-def _metadata(kind: str, config: SDConfig, licence: str | None) -> dict[str, str]:
+def _metadata(kind: str, config: SDConfig) -> dict[str, str]:
     own = {"format": kind, "config": json.dumps(dataclasses.asdict(config))}
+    licence = licence_of(config)
     return own if licence is None else own | {"license": licence, "license_link": LICENCE_LINK}
 
 

@@ -36,6 +36,7 @@ class Request:
     config: SDConfig | str | Path | None = None
     verify: bool = True
     skip: frozenset[str] = frozenset()  # components that come from elsewhere
+    needs_tokenizer: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,14 +8,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sd_jax.config import CLIPConfig, NoiseConfig, SDConfig, UNetConfig, VAEConfig, checked
+from sd_jax.config import SD_V1_4, CLIPConfig, NoiseConfig, SDConfig, UNetConfig, VAEConfig, checked
 from sd_jax.tokenizer import Tokenizer
 from sd_jax.types import WeightsError
 from sd_jax.weights.files import WeightFile, read_json
 from sd_jax.weights.tables import COMPONENTS
 
 NATIVE = "sd_jax"  # metadata "format" of our own files, and the key of the record of how they were made
+LICENCE = "CreativeML OpenRAIL-M"
+LICENCE_LINK = "https://huggingface.co/spaces/CompVis/stable-diffusion-license"
 RECORD = "sd_jax.json"  # that record in a folder
+
+
+def licence_of(config: SDConfig) -> str | None:
+    """That of the released v1 weights, for weights of their shape."""
+    return LICENCE if config.unet.widths == SD_V1_4.unet.widths else None
 
 
 def own_config(path: Path, file: WeightFile) -> SDConfig | None:

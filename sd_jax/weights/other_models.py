@@ -14,6 +14,7 @@ _CROSS = (  # a cross-attention key projection: its second axis is the width of 
     "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight",
     "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight",
 )
+_PART = "not a whole model; give that one, and this with --part {} (parts=)"
 _CONV_IN = ("model.diffusion_model.input_blocks.0.0.weight", "conv_in.weight")
 
 
@@ -44,13 +45,13 @@ def recognise(shapes: Mapping[str, Shape]) -> str | None:
     if words or any_with("string_to_param", "emb_params"):
         return "a textual inversion embedding alone, not a model"
     if any_with("first_stage_model.") and not base:
-        return "an autoencoder alone, not a whole model"
+        return f"an autoencoder alone, {_PART.format('vae')}"
     if any(name.startswith(("encoder.conv_in.", "decoder.conv_in.")) for name in shapes):
-        return "an autoencoder alone; give the folder or file of the whole model"
+        return f"an autoencoder alone, {_PART.format('vae')}"
     if any(name.startswith(("text_model.", "embeddings.token")) for name in shapes):
-        return "a text encoder alone; give the folder or file of the whole model"
+        return f"a text encoder alone, {_PART.format('clip')}"
     if any(name.startswith("down_blocks.") for name in shapes):
-        return "a diffusers UNet alone; give the folder that holds unet, vae and text_encoder"
+        return f"a diffusers UNet alone, {_PART.format('unet')}"
     return None
 
 

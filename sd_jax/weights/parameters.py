@@ -229,6 +229,14 @@ def ordered(array: np.ndarray, dtype: Any = None) -> np.ndarray:
     return out
 
 
+def not_finite(array: np.ndarray) -> int:
+    """How many values are NaN or infinite, of any dtype."""
+    if array.dtype.kind in "biu" or (array.dtype.name in DTYPES and _finite(array)):
+        return 0
+    wide = array if array.dtype.kind in "fc" else array.astype(np.float32)  # NumPy knows no bfloat16
+    return int(array.size - np.count_nonzero(np.isfinite(wide)))
+
+
 def _finite(array: np.ndarray) -> bool:
     """No NaN and no infinity. Half floats are looked at as integers, which NumPy compares many times faster."""
     if array.size == 0:

@@ -8,6 +8,7 @@ come from elsewhere (``parts``).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from sd_jax.config import SD_V1_4, SDConfig, from_diffusers
+from sd_jax.config import SDConfig, from_diffusers
 from sd_jax.tokenizer import Tokenizer, load_tokenizer
 from sd_jax.types import Params, RequestError, WeightsError
 from sd_jax.weights import hub
@@ -40,6 +41,7 @@ from sd_jax.weights.metadata import (
     differences,
     folder_record,
     from_metadata,
+    licence_of,
     own_config,
     own_record,
     tokenizer_from_dict,
@@ -50,7 +52,6 @@ from sd_jax.weights.parts import Part, open_part
 from sd_jax.weights.tables import COMPONENTS, COMPVIS_IGNORED, NAMES, POSITIONS, PREFIXES, table
 
 CLIP_REPO = "openai/clip-vit-large-patch14"  # whose tokenizer every v1 model uses
-LICENCE = "CreativeML OpenRAIL-M"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "*_config.json", "special_tokens_map.json")
 
 
@@ -81,7 +82,7 @@ class Source:
     @property
     def licence(self) -> str | None:
         """That of the released v1 weights, of whose terms users are to be told, where these have their shape."""
-        return LICENCE if self.config.unet.widths == SD_V1_4.unet.widths else None
+        return licence_of(self.config)
 
     def params(self, dtype: Any = "float32", place: Callable[[str, np.ndarray], Any] | None = None) -> Params:
         """Nested parameters {"clip", "unet", "vae"} in ``dtype``; see ``parameters.to_params``."""
@@ -123,7 +124,7 @@ def open_source(
     if variant is not None and not re.fullmatch(r"\w[\w-]*", variant):
         raise RequestError(f"variant {variant!r} is no part of a file's name; give fp16, say")
     request = Request(revision, ema, variant, tokenizer, config, verify, frozenset(parts))
-    opened = _open(str(source), request)
+    opened = open_whole(*locate(str(source), request), request)
     for component, part in parts.items():
         opened = _replaced(opened, component, part, open_part(component, part, opened.config, request))
     opened.tokenizer.check(opened.config.clip.vocab_size)
@@ -142,8 +143,8 @@ def _replaced(base: Source, component: str, where: str, part: Part) -> Source:
     return Source(part.config, {**base.parameters, **part.parameters}, base.tokenizer, report)
 
 
-def _open(source: str, request: Request) -> Source:
-    path, commit = _locate(source, request)
+def open_whole(path: Path, commit: str | None, request: Request) -> Source:
+    """A model that ``locate`` has found."""
     if path.is_dir():
         if request.config is not None:
             raise RequestError(f"{path} has its own configs; leave config out, it is for single files")
@@ -160,7 +161,7 @@ def _open(source: str, request: Request) -> Source:
     return _open_compvis(path, commit, file, request)
 
 
-def _locate(source: str, request: Request) -> tuple[Path, str | None]:
+def locate(source: str, request: Request) -> tuple[Path, str | None]:
     """-> (path, commit where it comes from the hub)."""
     path = TINY if source == "tiny" else as_path(source)
     if os.path.exists(path):
@@ -201,11 +202,9 @@ def _open_folder(folder: Path, commit: str | None, request: Request) -> Source:
     if request.verify:
         check_folder(folder)
     config = folder_config(folder, request.skip)
-    tokenizer = request.tokenizer
-    if tokenizer is None and not (folder / "tokenizer").is_dir():
+    if request.tokenizer is None and not (folder / "tokenizer").is_dir():
         raise WeightsError(f"{folder} has no tokenizer/ folder; give one as tokenizer")
-    tokenizer = _as_tokenizer(tokenizer if tokenizer is not None else folder / "tokenizer")
-    tokenizer.check(config.clip.vocab_size)
+    tokenizer = _tokenizer(request, config, lambda: folder / "tokenizer")
     chosen = {
         c: choose_file(folder / name, c, request.variant, request.ema)
         for c, name in FOLDERS.items()
@@ -223,6 +222,9 @@ def _open_folder(folder: Path, commit: str | None, request: Request) -> Source:
         parameters |= found
         problems += wrong
     complain(str(folder), problems)
+    notes = tuple(note for _, note in chosen.values() if note)
+    if request.variant is not None and len(notes) == len(chosen) > 0:
+        raise RequestError(f"{folder} has no variant {request.variant}; leave variant out")
     report = Report(
         str(folder),
         "diffusers",
@@ -230,7 +232,7 @@ def _open_folder(folder: Path, commit: str | None, request: Request) -> Source:
         request.ema,
         tuple(ignored + unread_folders(folder)),
         tuple(name for file in files.values() for name in file.foreign),
-        tuple(note for _, note in chosen.values() if note),
+        notes,
     )
     return Source(config, parameters, tokenizer, report, folder_record(folder))
 
@@ -278,11 +280,7 @@ def _open_compvis(path: Path, commit: str | None, file: WeightFile, request: Req
             raise WeightsError(f"{path} has no {NAMES[c]}; take one from elsewhere, with --part {c} FILE (parts=)")
     parameters, problems = match(rows, config, chosen)
     complain(str(path), problems)
-    tokenizer = request.tokenizer
-    if tokenizer is None:
-        tokenizer = tokenizer_folder or hub.fetch(CLIP_REPO, TOKENIZER_FILES)
-    tokenizer = _as_tokenizer(tokenizer)
-    tokenizer.check(config.clip.vocab_size)
+    tokenizer = _tokenizer(request, config, lambda: tokenizer_folder or hub.fetch(CLIP_REPO, TOKENIZER_FILES))
     both = used and request.ema is None and any(name.startswith(PREFIXES["unet"]) for name in file.tensors)
     notes = ("both averaged (EMA) and plain weights are there; the averaged ones are used",) if both else ()
     report = Report(str(path), "compvis", commit, used, (*file.ignored, *aside), file.foreign, notes)
@@ -317,11 +315,9 @@ def _locate_config(config: str) -> Path:
 
 
 def _open_native(path: Path, commit: str | None, file: WeightFile, request: Request) -> Source:
-    config, tokenizer = own_config(path, file), request.tokenizer
-    if tokenizer is None:
-        tokenizer = from_metadata(path, lambda: tokenizer_from_dict(json.loads(file.metadata["tokenizer"])))
-    tokenizer = _as_tokenizer(tokenizer)
-    tokenizer.check(config.clip.vocab_size)
+    config = own_config(path, file)
+    own = functools.partial(from_metadata, path, lambda: tokenizer_from_dict(json.loads(file.metadata["tokenizer"])))
+    tokenizer = _tokenizer(request, config, own)
     skipped = tuple(f"{c}/" for c in request.skip)
     rows = {path: row for path, row in own_rows(config).items() if not path.startswith(skipped)}
     tensors = {name: tensor for name, tensor in file.tensors.items() if not name.startswith(skipped)}
@@ -330,5 +326,11 @@ def _open_native(path: Path, commit: str | None, file: WeightFile, request: Requ
     return Source(config, parameters, tokenizer, Report(str(path), "native", commit), own_record(path, file))
 
 
-def _as_tokenizer(tokenizer: Tokenizer | str | Path) -> Tokenizer:
-    return tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
+def _tokenizer(request: Request, config: SDConfig, own: Callable[[], Tokenizer | Path]) -> Tokenizer | None:
+    """The one that was asked for, or the model's own, of the size of the text encoder's vocabulary."""
+    if not request.needs_tokenizer:
+        return None
+    tokenizer = own() if request.tokenizer is None else request.tokenizer
+    tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
+    tokenizer.check(config.clip.vocab_size)
+    return tokenizer
