@@ -129,6 +129,9 @@ def _info(args: argparse.Namespace) -> int:
     if damaged := info.get("damaged"):
         _say(f"error: {damaged[0]}" + (f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""))
         return WRONG
+    if info.get("probe", {}).get("same") is False:
+        _say(f"error: {args.source} does not compute what was recorded with it; fetch or convert it again")
+        return WRONG
     return DONE
 
 

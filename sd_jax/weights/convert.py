@@ -20,7 +20,7 @@ from sd_jax.weights import sums
 from sd_jax.weights.files import FOLDERS
 from sd_jax.weights.metadata import LICENCE_LINK, NATIVE, RECORD, differences, licence_of, tokenizer_to_dict
 from sd_jax.weights.parameters import Parameter, dtype_of, ordered, to_parameters
-from sd_jax.weights.probe import CAST, SAME, Probe, distance, probe
+from sd_jax.weights.probe import CAST, SAME, VERSION, Probe, distance, probe, recorded_probe
 from sd_jax.weights.safetensors_file import replacing, write_safetensors
 from sd_jax.weights.source import Report, Source, open_source
 from sd_jax.weights.tables import COMPONENTS, table
@@ -71,7 +71,7 @@ def convert(
 
 def _record(opened: Source, again: Source, source: str, found: Probe | None) -> dict[str, Any]:
     """What is kept with a conversion. Raises WeightsError where the source's own record has another probe."""
-    recorded = (opened.record or {}).get("probe")
+    recorded = recorded_probe(opened.record)
     if (
         found is not None and recorded is not None and not opened.report.parts
     ):  # parts from elsewhere give other numbers
@@ -91,6 +91,7 @@ def _record(opened: Source, again: Source, source: str, found: Probe | None) -> 
         "ema": report.ema,
         "parts": {component: Path(part).name if os.path.exists(part) else part for component, part in report.parts},
         "licence": opened.licence,
+        "probe_version": VERSION,
         "probe": found,
     }
     return {name: value for name, value in record.items() if value not in (None, {})}

@@ -1,4 +1,4 @@
-"""What is in a checkpoint, told without loading it: ``sd-jax info``. Tensors are read one after the other, and dropped."""
+"""What is in a checkpoint, told without loading it (``sd-jax info``): tensors are read one by one, and dropped."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from sd_jax.config import SD_V1_4
 from sd_jax.types import RequestError, WeightsError
 from sd_jax.weights import sums
 from sd_jax.weights.files import FOLDERS, Request, WeightFile, choose_file, open_weights, read_json, wanted_files
@@ -20,7 +21,7 @@ from sd_jax.weights.metadata import NATIVE, checked_record, from_metadata
 from sd_jax.weights.other_models import recognise, recognise_config
 from sd_jax.weights.parameters import MANY_EMA, Tensor, not_finite
 from sd_jax.weights.parts import open_part
-from sd_jax.weights.probe import SAME, distance, probe
+from sd_jax.weights.probe import SAME, distance, probe, recorded_probe
 from sd_jax.weights.published import NAMES as PUBLISHED
 from sd_jax.weights.source import Source, locate, open_whole, unread_folders
 from sd_jax.weights.tables import COMPONENTS, NAMES, PREFIXES
@@ -64,6 +65,8 @@ def inspect(
     files = _files(path, request)
     opened, why_not = _try(path, commit, request)
     fits = None if opened is not None else _part_it_is(path, files, request)
+    if fits is not None:
+        why_not = f"it is one network; give a whole model, and this with --part {fits} {source}"
     info: dict[str, Any] = {
         "path": str(path),
         "bytes": sum(os.path.getsize(p) for _, file in files for p in file.paths),
@@ -195,8 +198,6 @@ def _try(path: Path, commit: str | None, request: Request) -> tuple[Source | Non
 
 def _part_it_is(path: Path, files: list[tuple[str | None, WeightFile]], request: Request) -> str | None:
     """The component of v1 that a file holds alone, and fits."""
-    from sd_jax.config import SD_V1_4
-
     parts = [part for part in _parts(files) if part in COMPONENTS]
     if len(parts) != 1 or len(files) != 1:
         return None
@@ -244,7 +245,7 @@ def _record(path: Path, files: list[tuple[str | None, WeightFile]]) -> Mapping[s
 def _probe(path: Path, opened: Source | None, why_not: str | None) -> dict[str, Any]:
     if opened is None:
         raise RequestError(f"{path} cannot be probed, as sd_jax does not run it: {why_not}")
-    found, recorded = probe(opened.config, opened.parameters), (opened.record or {}).get("probe")
+    found, recorded = probe(opened.config, opened.parameters), recorded_probe(opened.record)
     if recorded is None:
         return {"numbers": found, "same": None}
     name, off = distance(recorded, found)
@@ -269,9 +270,8 @@ def as_text(info: Mapping[str, Any], *, tensors: bool = False) -> str:
     rows.append(("EMA", info["ema"] or "no averaged weights beside others"))
     rows += [("prediction", info["prediction"])] if "prediction" in info else []
     if "not_finite" in info:
-        rows.append(
-            ("values", "all finite" if not info["not_finite"] else f"NaN or infinite: {_some(info['not_finite'])}")
-        )
+        bad = info["not_finite"]
+        rows.append(("values", f"NaN or infinite in {_some(bad)}" if bad else "all finite"))
     for label, key in (("damaged", "damaged"), ("ignored", "ignored"), ("not run", "foreign")):
         rows += [(label, _some(info[key]))] if info.get(key) else []
     for label, key in (("licence", "licence"), ("commit", "revision")):

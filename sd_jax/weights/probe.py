@@ -23,6 +23,7 @@ from sd_jax.models.vae import VAE
 from sd_jax.types import Array, Params
 from sd_jax.weights.parameters import Parameter, to_params
 
+VERSION = 1  # of the inputs below; only probes of one version compare
 SAME = 1e-3  # of the spread of the numbers: the same values, on another machine
 CAST = 0.1  # and the same values in another of the dtypes; a wrong number of groups is off by 0.5
 NUMBERS = 16  # of each output
@@ -44,6 +45,12 @@ def probe(config: SDConfig, parameters: Mapping[str, Parameter]) -> Probe:
         eps = np.asarray(unet(config, params("unet"), context))
         mean, decoded = map(np.asarray, vae(config, params("vae")))
     return {name: _some(a) for name, a in {"text": context, "unet": eps, "encode": mean, "decode": decoded}.items()}
+
+
+def recorded_probe(record: Mapping[str, Any] | None) -> Probe | None:
+    """The one in a record, if it was made with the inputs of today."""
+    record = record or {}
+    return record.get("probe") if record.get("probe_version") == VERSION else None
 
 
 def distance(one: Probe, other: Probe) -> tuple[str, float]:
