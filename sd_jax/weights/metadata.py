@@ -46,16 +46,12 @@ def folder_record(folder: Path) -> dict[str, Any] | None:
 
 
 def checked_record(value: Any) -> dict[str, Any]:
-    """Raises ValueError where the probe in it is none."""
-    match value:
-        case {"probe": dict(probe)}:
-            lists = [numbers for numbers in probe.values() if isinstance(numbers, list)]
-            if len(lists) != len(probe) or not all(x is None or type(x) is float for n in lists for x in n):
-                raise ValueError("its probe holds something else than numbers")
-        case dict():
-            pass
-        case _:
-            raise ValueError("its record is no object")
+    """Raises TypeError or ValueError where it is no record, or the probe in it none."""
+    if not isinstance(value, dict):
+        raise TypeError("its record is no object")
+    for numbers in value.get("probe", {}).values():
+        if not isinstance(numbers, list) or not all(x is None or type(x) is float for x in numbers):
+            raise ValueError("its probe holds something else than numbers")
     return value
 
 

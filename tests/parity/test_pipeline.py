@@ -11,7 +11,7 @@ from PIL import Image
 from sd_jax import pipeline as pl
 from sd_jax.diffusion import draws
 from sd_jax.pipeline import SD
-from sd_jax.weights.convert import write_diffusers
+from sd_jax.weights.convert import write_compvis, write_diffusers
 from tests.micro import MICRO, TOKENIZER, params, picture, pipeline
 from tests.parity.reference import assert_same_pictures, diffusers, torch
 
@@ -86,6 +86,42 @@ def test_text_to_image(referee, sampler):
         sampler=sampler,
         height=SIZE,
         width=SIZE,
+    )
+    assert_same_pictures(ours, theirs)
+
+
+def test_v_prediction(tmp_path):
+    """What the network predicts stands in the scheduler's config alone."""
+    config = dataclasses.replace(MICRO, noise=dataclasses.replace(MICRO.noise, prediction="v_prediction"))
+    write_diffusers(tmp_path / "v", config, params(), TOKENIZER)
+    made = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "v", safety_checker=None)
+    assert made.scheduler.config.prediction_type == "v_prediction"
+    theirs = made(PROMPTS, height=SIZE, width=SIZE, latents=noises()[0], **SETTINGS).images
+    options = {"seeds": SEEDS, "steps": STEPS, "guidance": GUIDANCE, "height": SIZE, "width": SIZE}
+    assert_same_pictures(pl.load(tmp_path / "v").text_to_image(PROMPTS, **options), theirs)
+    assert (
+        pipeline().text_to_image(PROMPTS, **options) != pl.load(tmp_path / "v").text_to_image(PROMPTS, **options)
+    ).any()
+
+
+def test_a_single_file_makes_the_same_picture_in_diffusers(referee, tmp_path):
+    write_compvis(tmp_path / "single.safetensors", MICRO, params())
+    write_diffusers(tmp_path / "configs", MICRO, params(), TOKENIZER)
+    made = diffusers.StableDiffusionPipeline.from_single_file(
+        str(tmp_path / "single.safetensors"),
+        config=str(tmp_path / "configs"),
+        local_files_only=True,
+        safety_checker=None,
+    )
+    for name in ("unet", "vae", "text_encoder"):
+        expected = getattr(referee(MICRO), name).state_dict()
+        for key, value in getattr(made, name).state_dict().items():
+            assert torch.equal(value, expected[key]), key
+    theirs = made(PROMPTS, height=SIZE, width=SIZE, latents=noises()[0], **SETTINGS).images
+    again = referee(MICRO)(PROMPTS, height=SIZE, width=SIZE, latents=noises()[0], **SETTINGS).images
+    np.testing.assert_array_equal(theirs, again)
+    ours = pl.load(tmp_path / "single.safetensors", tokenizer=TOKENIZER).text_to_image(
+        PROMPTS, seeds=SEEDS, steps=STEPS, guidance=GUIDANCE, height=SIZE, width=SIZE
     )
     assert_same_pictures(ours, theirs)
 
