@@ -404,7 +404,7 @@ def _first_time(what: str) -> bool:
 def _say_ignored(report: Report) -> None:
     """What a file holds besides weights, none of which was used."""
     for what, names in {
-        "left out, for they are no weights": report.ignored,
+        "left out, as it is not needed": report.ignored,
         "named in its pickle, and not run": report.foreign,
     }.items():
         if names:

@@ -183,7 +183,7 @@ def test_convert(sd_jax_):
 def test_what_else_a_file_holds_is_said(capsys):
     cli._say_ignored(Report("a.ckpt", "compvis", ignored=tuple("abcdefghij"), foreign=("lightning.Trainer",)))
     assert capsys.readouterr().err.splitlines() == [
-        "note: left out, for they are no weights: a, b, c, d, e, f, g, h and 2 more",
+        "note: left out, as it is not needed: a, b, c, d, e, f, g, h and 2 more",
         "note: named in its pickle, and not run: lightning.Trainer",
     ]
     cli._say_ignored(Report("a.safetensors", "native"))
