@@ -98,6 +98,20 @@ class SDConfig:
         """Height and width in pixels the model was trained at."""
         return self.unet.sample_size * self.vae.factor
 
+    @property
+    def misfits(self) -> str:
+        """What keeps the three networks from working together, in words; "" where nothing does."""
+        z, unet = self.vae.latent_channels, self.unet
+        pairs = {
+            f"the text encoder gives {self.clip.width} numbers a token and the UNet takes {unet.context_width}": (
+                self.clip.width == unet.context_width
+            ),
+            f"the autoencoder has {z} channels and the UNet {unet.in_channels} in and {unet.out_channels} out": (
+                unet.out_channels == z and unet.in_channels in (z, 2 * z + 1)
+            ),
+        }
+        return " and ".join(text for text, fits in pairs.items() if not fits)
+
 
 SD_V1_4 = SDConfig()
 

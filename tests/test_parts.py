@@ -141,6 +141,9 @@ def test_parts_that_are_none(tmp_path, compvis):
         arrays[row.names[0]] = np.zeros(row.transform.shape(parameter_shapes(wide)["vae"][row.path]), np.float32)
     safetensors.numpy.save_file(arrays, tmp_path / "wide.safetensors")
     refused({"vae": tmp_path / "wide.safetensors"}, r"does not fit the model \(\d+ shape\)")
+    clip = dataclasses.replace(MICRO, clip=dataclasses.replace(MICRO.clip, width=24))
+    write_diffusers(tmp_path / "clip", clip, random_params(clip), TOKENIZER)
+    refused({"clip": tmp_path / "clip"}, "gives 24 numbers a token and the UNet takes 16; give parts of one kind")
 
 
 def test_from_the_command_line_and_again_from_the_picture(tmp_path, compvis, capsys):

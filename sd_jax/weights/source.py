@@ -127,6 +127,8 @@ def open_source(
     opened = open_whole(*locate(str(source), request), request)
     for component, part in parts.items():
         opened = _replaced(opened, component, part, open_part(component, part, opened.config, request))
+    if wrong := opened.config.misfits:
+        raise WeightsError(f"{source} has networks that do not go together: {wrong}; give parts of one kind of model")
     opened.tokenizer.check(opened.config.clip.vocab_size)
     return opened
 
