@@ -123,7 +123,7 @@ def _info(args: argparse.Namespace) -> int:
 
     if args.probe:
         _start_jax(args.device)
-    options = given(args, ("config", "ema", "revision", "variant", "verify"))
+    options = given(args, ("config", "tokenizer", "ema", "revision", "variant", "verify"))
     info = inspect(args.source, run_probe=args.probe, **options)
     print(json.dumps(info, indent=2) if args.json else as_text(info, tensors=args.tensors))
     if damaged := info.get("damaged"):

@@ -67,8 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     def command(into: Any, name: str, text: str, *parents: argparse.ArgumentParser) -> Any:
         return into.add_parser(name, help=text, description=text, parents=parents, allow_abbrev=False)
 
-    files, place, sampling, pictures = _source_flags(), _device_flag(), _sampling_flags(), _picture_flags()
-    made = (files, _model_flag(), place, sampling, pictures)
+    reading, using, place, sampling = _reading_flags(), _using_flags(), _device_flag(), _sampling_flags()
+    model = (reading, using, _model_flag())
+    made = (*model, place, sampling, _picture_flags())
     command(commands, "txt2img", "pictures of prompts", *made)
     edit = command(commands, "img2img", "pictures of prompts, made from a picture", *made)
     edit.add_argument("--image", metavar="FILE")
@@ -78,12 +79,12 @@ def _parser() -> argparse.ArgumentParser:
     paint.add_argument("--mask", metavar="FILE")
     paint.add_argument("--strength", type=float, default=1.0, metavar="F", help="how much is made anew, to 1 (1)")
 
-    convert = command(commands, "convert", "a model in another layout", files, place)
+    convert = command(commands, "convert", "a model in another layout", reading, using, place)
     convert.add_argument("source", metavar="SOURCE", help="tiny, a hub id, a folder or a file")
     convert.add_argument("dest", metavar="DEST", help="a folder for diffusers, else a .safetensors file")
     convert.add_argument("--to", default="native", metavar="LAYOUT", help="diffusers, compvis or native (native)")
 
-    info = command(commands, "info", "what is in a checkpoint, and whether it is sound", files, place)
+    info = command(commands, "info", "what is in a checkpoint, and whether it is sound", reading, place)
     info.add_argument(
         "source", metavar="SOURCE", help="tiny, a hub id, a folder or a file, of a model or a part of one"
     )
@@ -99,10 +100,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("evaluate", help="measure a model", allow_abbrev=False)
     measures = evaluate.add_subparsers(dest="measure", required=True, metavar="MEASURE")
     text = "do pictures of coloured solids show what their captions say?"
-    solids = command(measures, "compositional", text, files, _model_flag(), place, sampling)
+    solids = command(measures, "compositional", text, *model, place, sampling)
     solids.add_argument("--n", type=_count, default=100, metavar="N", help="captions in each of four groups (100)")
     text = "how well do pictures of coloured solids survive the autoencoder? The ratio of signal to noise, in dB"
-    pictures = command(measures, "reconstruction", text, files, _model_flag(), place)
+    pictures = command(measures, "reconstruction", text, *model, place)
     pictures.add_argument("--n", type=_count, default=256, metavar="N", help="scenes (256)")
     pictures.add_argument(
         "--seed", type=int, default=10_000, metavar="N", help="of the scenes; the model has seen 0 (10000)"
@@ -122,28 +123,23 @@ def _model_flag() -> argparse.ArgumentParser:
     return flags
 
 
-def _source_flags() -> argparse.ArgumentParser:
+def _reading_flags() -> argparse.ArgumentParser:
     flags = _flags()
     flags.add_argument("--config", metavar="C", help="of a single file: a diffusers folder or a hub id (v1-4's)")
     flags.add_argument("--tokenizer", metavar="T", help="a folder, or OpenAI's bpe_simple_vocab_16e6.txt.gz")
     flags.add_argument("--ema", type=_yes_no, metavar="yes|no", help="the averaged weights, or the others")
     flags.add_argument("--revision", metavar="R", help="branch, tag or commit on the hub")
     flags.add_argument("--variant", metavar="V", help="of the files of a diffusers folder: fp16, say")
-    flags.add_argument(
-        "--part",
-        dest="parts",
-        action=_Parts,
-        nargs=2,
-        metavar=("clip|unet|vae", "FILE"),
-        help="take one network from elsewhere: a file, a folder or a hub id",
-    )
-    flags.add_argument(
-        "--no-verify",
-        dest="verify",
-        action="store_false",
-        default=None,
-        help="do not check the SHA-256 and CRC that files have",
-    )
+    text = "do not check the SHA-256 and CRC that files have"
+    flags.add_argument("--no-verify", dest="verify", action="store_false", default=None, help=text)
+    return flags
+
+
+def _using_flags() -> argparse.ArgumentParser:
+    flags = _flags()
+    text = "take a network from elsewhere: a file, a folder or a hub id"
+    where = ("clip|unet|vae", "FILE")
+    flags.add_argument("--part", dest="parts", action=_Parts, nargs=2, metavar=where, help=text)
     flags.add_argument("--dtype", metavar="D", help="float32, bfloat16 or float16")
     return flags
 

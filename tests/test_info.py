@@ -17,6 +17,7 @@ from sd_jax.weights.info import as_text, inspect
 from sd_jax.weights.published import NAMES
 from sd_jax.weights.source import open_source
 from sd_jax.weights.tables import COMPONENTS, parameter_shapes
+from tests.full_size import full_vocabulary
 from tests.lightning import save_checkpoint, torch
 from tests.micro import MICRO, TOKENIZER, micro_file, params
 from tests.test_weights import with_ema
@@ -75,8 +76,13 @@ def test_a_lightning_checkpoint(tmp_path, compvis, monkeypatch):
 def test_a_diffusers_folder(tmp_path):
     write_diffusers(tmp_path / "m", MICRO, params(), TOKENIZER, dtype="float16")
     (tmp_path / "m" / "safety_checker").mkdir()
+    (tmp_path / "m" / "unet" / "diffusion_pytorch_model.non_ema.bin").write_bytes(b"")
     info = inspect(tmp_path / "m")
-    assert info["runs"] and info["layout"] == "diffusers folder" and info["ignored"] == ["safety_checker/"]
+    assert (
+        info["runs"]
+        and info["layout"] == "diffusers folder"
+        and info["ignored"] == ["safety_checker/", "unet/diffusion_pytorch_model.non_ema.bin"]
+    )
     assert [file["path"] for file in info["files"]][0] == "text_encoder/model.safetensors" and counts(info) == SIZES
     assert all(set(part["dtypes"]) == {"float16"} for part in info["parts"].values())
     assert "unet/conv_in.weight" in info["tensors"] and info["prediction"] == "epsilon"
@@ -98,7 +104,7 @@ def test_v1_4_has_a_licence(tmp_path):
     path.write_bytes(len(raw).to_bytes(8, "little") + raw)
     with open(path, "r+b") as file:
         file.truncate(8 + len(raw) + end)
-    info = inspect(path, verify=False)
+    info = inspect(path, verify=False, tokenizer=full_vocabulary())
     assert info["licence"] == "CreativeML OpenRAIL-M" and info["model"] == "Stable Diffusion v1"
     assert counts(info) == {"clip": 123_060_480, "unet": 859_520_964, "vae": 83_653_863}
     assert "sha256" not in info["files"][0] and "not_finite" not in info

@@ -17,7 +17,7 @@ from sd_jax.types import RequestError, WeightsError
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _URL = re.compile(rf"hf://(?P<repo>{_ID.pattern})(?:/(?P<file>[^/\x00-\x1f]+(?:/[^/\x00-\x1f]+)*))?")  # as fsspec's
-_WEIGHT_FILES = (".ckpt", ".safetensors", ".bin", ".pt", ".pth", ".msgpack")
+WEIGHT_FILES = (".ckpt", ".safetensors", ".bin", ".pt", ".pth", ".msgpack")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _HASHERS = 4  # files hashed at a time; a model has no more that are large
@@ -33,7 +33,7 @@ def parse(source: str) -> tuple[str, str | None] | None:
     if (match := _URL.fullmatch(source)) is not None:
         file = match["file"]
         return None if file is not None and {".", ".."} & set(file.split("/")) else (match["repo"], file)
-    is_id = _ID.fullmatch(source) is not None and Path(source).suffix.lower() not in _WEIGHT_FILES
+    is_id = _ID.fullmatch(source) is not None and Path(source).suffix.lower() not in WEIGHT_FILES
     return (source, None) if is_id else None
 
 

@@ -16,6 +16,7 @@ from sd_jax.config import SD_V1_4
 from sd_jax.types import RequestError, WeightsError
 from sd_jax.weights import sums
 from sd_jax.weights.files import FOLDERS, Request, WeightFile, choose_file, open_weights, read_json, wanted_files
+from sd_jax.weights.hub import WEIGHT_FILES
 from sd_jax.weights.mapped import ahead
 from sd_jax.weights.metadata import NATIVE, checked_record, from_metadata
 from sd_jax.weights.other_models import recognise, recognise_config
@@ -43,6 +44,7 @@ def inspect(
     revision: str | None = None,
     ema: bool | None = None,
     variant: str | None = None,
+    tokenizer: Any = None,
     config: Any = None,
     verify: bool = True,
     run_probe: bool = False,
@@ -60,9 +62,12 @@ def inspect(
     Raises:
       RequestError: no such source. WeightsError: its structure is broken, or hostile.
     """
-    request = Request(revision, ema, variant, config=config, verify=verify, needs_tokenizer=False)
+    request = Request(revision, ema, variant, tokenizer, config, verify)
     path, commit = locate(str(source), request)
     files = _files(path, request)
+    # A file of CompVis has no tokenizer to be looked at, and whether CLIP's can be had is another question.
+    has_own = path.is_dir() or files[0][1].metadata.get("format") == NATIVE
+    request = dataclasses.replace(request, needs_tokenizer=has_own or tokenizer is not None)
     opened, why_not = _try(path, commit, request)
     fits = None if opened is not None else _part_it_is(path, files, request)
     if fits is not None:
@@ -92,6 +97,7 @@ def inspect(
         info["config"] = dataclasses.asdict(opened.config)
     elif path.is_dir():
         info["ignored"] += unread_folders(path)
+    info["ignored"] += _other_weights(path, info["files"])
     if verify:
         info |= _read_all(files)
         found = sums.digests(path if path.is_dir() else path.parent, [file["path"] for file in info["files"]])
@@ -123,6 +129,16 @@ def _files(path: Path, request: Request) -> list[tuple[str | None, WeightFile]]:
     if file is None:
         raise RequestError(f"{path} holds no model: neither {', '.join(FOLDERS.values())} nor a file of weights")
     return [(None, open_weights(file, verify=request.verify))]
+
+
+def _other_weights(path: Path, files: list[dict[str, Any]]) -> list[str]:
+    """Files of weights in a folder's components that were not chosen: other variants and formats."""
+    if not path.is_dir():
+        return []
+    chosen = {file["path"] for file in files}
+    inside = (p for name in FOLDERS.values() for p in sorted((path / name).glob("*")))
+    names = [p.relative_to(path).as_posix() for p in inside if p.suffix in WEIGHT_FILES]
+    return [name for name in names if name not in chosen]
 
 
 def _tensors(files: list[tuple[str | None, WeightFile]], full_names: bool = False) -> Iterator[tuple[str, str, Tensor]]:
