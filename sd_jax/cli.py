@@ -103,11 +103,12 @@ def _generate(args: argparse.Namespace) -> int:
 
 def _convert(args: argparse.Namespace) -> int:
     from sd_jax import checks
+    from sd_jax.progress import Bar
     from sd_jax.weights.convert import convert
 
     checks.as_folder(Path(args.dest).parent)
     _start_jax(args.device)
-    report = convert(args.source, args.dest, to=args.to, **given(args, SOURCE))
+    report = convert(args.source, args.dest, to=args.to, progress=Bar("tensor"), **given(args, SOURCE))
     for note in report.notes:
         _say(f"note: {note}")
     _say_ignored(report)

@@ -6,9 +6,12 @@ import sys
 
 
 class Bar:
-    """Told (evaluations done, of all), writes to stderr: a bar drawn over itself on a terminal, elsewhere a line for
-    each tenth.
+    """Told (what is done, of all), writes to stderr: a bar drawn over itself on a terminal, elsewhere a line for each
+    tenth. ``unit`` is what one of them is called.
     """
+
+    def __init__(self, unit: str = "step"):
+        self.unit = unit
 
     def __call__(self, done: int, total: int) -> None:
         if sys.stderr.isatty():
@@ -16,4 +19,4 @@ class Bar:
             end = "\n" if done == total else ""
             print(f"\r[{'#' * full}{'.' * (30 - full)}] {done}/{total}", end=end, file=sys.stderr, flush=True)
         elif 10 * done // total > 10 * (done - 1) // total:
-            print(f"step {done} of {total}", file=sys.stderr, flush=True)
+            print(f"{self.unit} {done} of {total}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Models from one layout to another, tensor by tensor: no more than one is in memory at a time."""
+"""Models from one layout to another, tensor by tensor: no more than a few are in memory at a time."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ def convert(
     dtype: Any = None,
     overwrite: bool = False,
     verify: bool = True,
+    progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> Report:
     """Write the model ``source`` as ``dest``: a folder for "diffusers", else a safetensors file.
@@ -46,8 +48,8 @@ def convert(
     ``options`` are those of ``open_source``. ``dtype`` None keeps every tensor's own. The result appears under its name
     only when it is whole, was opened again, and was found to be the same model: the same config, and, unless ``verify``
     is off, the numbers of a probe that an earlier conversion left with ``source``. A record with this probe is kept in
-    the file's metadata or the folder's sd_jax.json. A safety checker is left behind. Raises RequestError and
-    WeightsError.
+    the file's metadata or the folder's sd_jax.json. A safety checker is left behind. ``progress`` is told (tensors
+    read, of all). Raises RequestError and WeightsError.
     """
     if to not in TO:
         raise RequestError(f"to {to!r} is not a layout that is written; use one of {', '.join(TO)}")
@@ -60,21 +62,44 @@ def convert(
             raise WeightsError(f"{dest} would be another model than {source} ({wrong}); report this defect of sd_jax")
         return _record(opened, again, str(source), probe(again.config, again.parameters) if verify else None)
 
+    parameters = opened.parameters if progress is None else _told(opened.parameters, progress)
     keywords = {"dtype": dtype, "overwrite": overwrite, "record": record}
     if to == "compvis":
-        write_compvis(dest, opened.config, opened.parameters, **keywords)
+        write_compvis(dest, opened.config, parameters, **keywords)
     else:
         write = write_native if to == "native" else write_diffusers
-        write(dest, opened.config, opened.parameters, opened.tokenizer, **keywords)
+        write(dest, opened.config, parameters, opened.tokenizer, **keywords)
     return opened.report
+
+
+@dataclasses.dataclass(frozen=True)
+class _Told(Parameter):
+    """A parameter whose reading is told of."""
+
+    tell: Callable[[], None]
+
+    def read(self, dtype: Any = None) -> np.ndarray:
+        array = super().read(dtype)
+        self.tell()
+        return array
+
+
+def _told(parameters: Mapping[str, Parameter], progress: Callable[[int, int], None]) -> dict[str, Parameter]:
+    lock, done = threading.Lock(), 0
+
+    def tell() -> None:
+        nonlocal done
+        with lock:  # several threads read
+            done += 1
+            progress(done, len(parameters))
+
+    return {path: _Told(p.path, p.shape, p.tensor, p.transform, tell) for path, p in parameters.items()}
 
 
 def _record(opened: Source, again: Source, source: str, found: Probe | None) -> dict[str, Any]:
     """What is kept with a conversion. Raises WeightsError where the source's own record has another probe."""
-    recorded = recorded_probe(opened.record)
-    if (
-        found is not None and recorded is not None and not opened.report.parts
-    ):  # parts from elsewhere give other numbers
+    recorded = None if opened.report.parts else recorded_probe(opened.record)  # parts from elsewhere give other numbers
+    if found is not None and recorded is not None:
         kept = all(parameter.dtype == opened.parameters[path].dtype for path, parameter in again.parameters.items())
         name, off = distance(recorded, found)
         if not off <= (limit := SAME if kept else CAST):
