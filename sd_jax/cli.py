@@ -108,7 +108,7 @@ def _convert(args: argparse.Namespace) -> int:
 
     checks.as_folder(Path(args.dest).parent)
     _start_jax(args.device)
-    report = convert(args.source, args.dest, to=args.to, progress=Bar("tensor"), **given(args, SOURCE))
+    report = convert(args.source, args.dest, to=args.to, progress=Bar("tensor", after=2.0), **given(args, SOURCE))
     for note in report.notes:
         _say(f"note: {note}")
     _say_ignored(report)

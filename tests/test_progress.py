@@ -17,3 +17,10 @@ def test_elsewhere_it_says_a_line_for_each_tenth(capsys):
     for done in range(1, 51):
         Bar()(done, 50)
     assert capsys.readouterr().err.splitlines() == [f"step {i} of 50" for i in range(5, 51, 5)]
+
+
+def test_nothing_is_said_of_what_is_soon_done(capsys):
+    Bar("tensor", after=60)(1, 1)
+    assert capsys.readouterr().err == ""
+    Bar("tensor")(1, 1)
+    assert capsys.readouterr().err == "tensor 1 of 1\n"
