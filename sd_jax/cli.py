@@ -112,7 +112,8 @@ def _convert(args: argparse.Namespace) -> int:
     for note in report.notes:
         _say(f"note: {note}")
     _say_ignored(report)
-    _say(f"{args.source}{f' at {report.revision}' if report.revision else ''}: its probe is kept with the result")
+    if report.revision:
+        _say(f"{args.source} at {report.revision}")
     print(args.dest)
     return DONE
 

@@ -271,7 +271,9 @@ def test_on_a_terminal_there_is_one_bar(repository, environment, tmp_path):
     os.close(terminal)
     shown = shown.decode()
     assert process.returncode == 0 and re.search(rf"\r{name}: .*0%.*/290k", shown), shown
-    assert "\n" not in shown and shown.endswith(" \r"), f"a bar is left: {shown!r}"
+    bars, _, last = shown.rpartition("\r" + name)
+    assert "\n" not in bars and bars.endswith(" "), f"a bar is left: {shown!r}"
+    assert re.fullmatch(r" at [0-9a-f]{40}\r\n", last)
     assert "Fetching" not in shown and "Reconstruct" not in shown and "Secret" not in shown
 
 
