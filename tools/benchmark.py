@@ -8,6 +8,7 @@ What can be measured: "txt2img" (seeds and tokens to pixels), "unet" (one guided
 "text" (the text tower), and "first", the first picture of a fresh process. Each program is compiled twice: cold, and
 traced anew with the compiled program read from JAX's cache on disk. Seconds are the median of --repeat runs after one
 that is not counted. Peak memory is that of this process up to then, so for one part's own measure it alone.
+Loading and converting weights is measured by tools/benchmark_weights.py.
 
 "v1-4-random" is a model of exactly v1-4's size with random parameters, for which nothing needs to be downloaded.
 """
@@ -75,13 +76,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         for name in others:
             results.append(measure(make_case(name, sd, params, args), args.repeat))
             print(f"{name}: {results[-1]['seconds']['median']:.4g} s", file=sys.stderr)
-    report = {
-        "command": shlex.join(["python", "tools/benchmark.py", *(sys.argv[1:] if argv is None else argv)]),
-        "settings": vars(args),
-        "machine": machine(),
-        "versions": {name: importlib.metadata.version(name) for name in ("sd_jax", "jax", "jaxlib", "flax")},
-        "results": results,
-    }
+    command = ["python", "tools/benchmark.py", *(sys.argv[1:] if argv is None else argv)]
+    report = make_report(command, vars(args), results)
     print(markdown(report))
     if args.json:
         Path(args.json).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -235,7 +231,7 @@ def first_picture(args: argparse.Namespace) -> list[dict[str, Any]]:
             start = time.perf_counter()
             subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
             seconds = time.perf_counter() - start
-            memory = {"process_peak": _peak_rss(resource.RUSAGE_CHILDREN)}
+            memory = {"process_peak": peak_rss(resource.getrusage(resource.RUSAGE_CHILDREN))}
             results.append({**_result(what, args.batch, [seconds]), "memory": memory})
     return results
 
@@ -244,11 +240,11 @@ def peaks() -> dict[str, int]:
     """Bytes: the most that this process held of the host's memory and, where the device counts it, of the device's."""
     stats = jax.local_devices()[0].memory_stats() or {}
     device = {"device_peak": stats["peak_bytes_in_use"]} if "peak_bytes_in_use" in stats else {}
-    return {"process_peak": _peak_rss(resource.RUSAGE_SELF), **device}
+    return {"process_peak": peak_rss(resource.getrusage(resource.RUSAGE_SELF)), **device}
 
 
-def _peak_rss(who: int) -> int:
-    return resource.getrusage(who).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def peak_rss(usage: resource.struct_rusage) -> int:
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _program_memory(compiled: jax.stages.Compiled) -> dict[str, int] | None:
@@ -259,6 +255,16 @@ def _program_memory(compiled: jax.stages.Compiled) -> dict[str, int] | None:
 
 
 # ---- reporting -----------------------------------------------------------------------------------------------------
+
+
+def make_report(command: list[str], settings: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "command": shlex.join(command),
+        "settings": settings,
+        "machine": machine(),
+        "versions": {name: importlib.metadata.version(name) for name in ("sd_jax", "jax", "jaxlib", "flax")},
+        "results": results,
+    }
 
 
 def machine() -> dict[str, Any]:
@@ -275,7 +281,7 @@ def machine() -> dict[str, Any]:
 
 def markdown(report: dict[str, Any]) -> str:
     columns = ["what", "batch", "compile cold / warm (s)", "median (s)", "min - max (s)", "a second", "peak (MiB)"]
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    rows = []
     for result in report["results"]:
         compile = [sum(result["compile"][k].values()) for k in ("cold", "warm")] if "compile" in result else []
         seconds, memory = result["seconds"], result["memory"]
@@ -288,10 +294,18 @@ def markdown(report: dict[str, Any]) -> str:
             f"{result['per_second']:.3g}",
             f"{memory.get('device_peak', memory['process_peak']) / MIB:.0f}",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
+        rows.append(cells)
+    return "\n".join([*table(columns, rows), "", where(report)])
+
+
+def table(columns: list[str], rows: list[list[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    return [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def where(report: dict[str, Any]) -> str:
     at, versions = report["machine"], report["versions"]
-    lines += ["", f"`{report['command']}` on {at['devices']} x {at['device']} ({at['backend']}), jax {versions['jax']}"]
-    return "\n".join(lines)
+    return f"`{report['command']}` on {at['devices']} x {at['device']} ({at['backend']}), jax {versions['jax']}"
 
 
 if __name__ == "__main__":

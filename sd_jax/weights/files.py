@@ -15,14 +15,16 @@ from sd_jax.types import WeightsError
 from sd_jax.weights import hub, sums
 from sd_jax.weights.flax_file import open_flax
 from sd_jax.weights.parameters import Tensor
-from sd_jax.weights.safetensors_file import SUMS, open_safetensors
-from sd_jax.weights.torch_pickle import short
+from sd_jax.weights.safetensors_file import MAX_COMMAS, SUMS, open_safetensors
+from sd_jax.weights.torch_pickle import HOSTILE, short
 from sd_jax.weights.torch_zip import open_checkpoint
 
 TINY = Path(__file__).parents[1] / "tiny"  # the embedded model
 FOLDERS = {"clip": "text_encoder", "unet": "unet", "vae": "vae"}  # of a diffusers folder
 NON_EMA = "non_ema"  # diffusers' variant of a UNet whose weights are not averaged
 MAX_SHARDS = 100
+MAX_JSON = 8 << 20  # bytes; the index of v1-4's shards has 100 kB
+MAX_NESTING = 16  # of the values in a JSON file; a config's are 3 deep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +51,11 @@ class WeightFile:
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()  # entries that are no tensors
     foreign: tuple[str, ...] = ()  # classes that a pickle names, none of which was imported
+
+    def __post_init__(self):
+        odd = next((name for name in self.tensors if not name.isprintable()), None)
+        if odd is not None:  # such names end in messages and tables
+            raise WeightsError(f"{self.paths[0]} has a tensor with the name {short(odd)}; {HOSTILE}")
 
     @property
     def has_sums(self) -> bool:
@@ -83,7 +90,10 @@ def paths_of(path: Path) -> list[Path]:
         return [path]
     weight_map = read_json(path).get("weight_map")
     shards = sorted({str(shard) for shard in weight_map.values()}) if isinstance(weight_map, dict) else []
-    missing = [name for name in shards if os.path.basename(name) != name or not (path.parent / name).is_file()]
+    few = shards[: MAX_SHARDS + 1]
+    missing = [name for name in few if os.path.basename(name) != name or not os.path.isfile(path.parent / name)]
+    if index := next((name for name in few if name.endswith(".json")), None):  # this one itself, perhaps
+        raise WeightsError(f"{path} names {short(index)}, which is no file of weights; fetch the whole model")
     if missing or not shards or len(shards) > MAX_SHARDS:
         named = ", ".join(short(name) for name in missing[:8]) or f"{len(shards) or 'no'} files"
         raise WeightsError(f"{path} names {named}, missing beside it; fetch the whole model")
@@ -165,7 +175,8 @@ def check_folder(folder: Path) -> None:
         return
     expected = sums.from_text((folder / sums.NAME).read_bytes().decode("utf-8", "replace"))
     inside = {name for name in expected if os.path.normpath(name) == name and not name.startswith(("/", ".."))}
-    own = {n for n in inside if n.endswith(".safetensors") and (folder / n).is_file() and _has_sums(folder / n)}
+    inside = {name for name in inside if "\0" not in name}
+    own = {n for n in inside if n.endswith(".safetensors") and os.path.isfile(folder / n) and _has_sums(folder / n)}
     actual = sums.digests(folder, sorted(inside - own))
     for name, digest in actual.items():
         if digest not in (None, expected[name]):  # what is missing is missed where it is needed
@@ -180,14 +191,26 @@ def _has_sums(path: Path) -> bool:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object. Raises WeightsError."""
+    """A JSON object of moderate depth. Raises WeightsError."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        with open(file, "rb") as f:
+            raw = f.read(MAX_JSON + 1)
+        value = None if (large := len(raw) > MAX_JSON or raw.count(b",") > MAX_COMMAS) else json.loads(raw.decode())
     except (OSError, ValueError, RecursionError) as e:
         raise WeightsError(f"{file} is not JSON ({e}); fetch it again") from None
+    if large:
+        raise WeightsError(f"{file} is larger than any file of its kind; fetch it again")
     if not isinstance(value, dict):
         raise WeightsError(f"{file} holds a {type(value).__name__} where an object is expected; fetch it again")
+    if not _within(MAX_NESTING, value):
+        raise WeightsError(f"{file} has values too deep in one another; fetch it again")
     return value
+
+
+def _within(depth: int, value: Any) -> bool:
+    """Whether a JSON value has no more than ``depth`` levels, which is what ``repr`` may be asked for."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return depth > 0 and all(_within(depth - 1, v) for v in inner)
 
 
 def as_path(text: str) -> Path:

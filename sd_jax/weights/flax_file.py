@@ -18,10 +18,12 @@ import numpy as np
 
 from sd_jax.types import WeightsError
 from sd_jax.weights.mapped import MappedFile
-from sd_jax.weights.torch_pickle import HOSTILE, short
+from sd_jax.weights.torch_pickle import HOSTILE, MAX_EMPTY, MAX_NAME, short
 
 MAX_DEPTH = 32  # of modules in modules; v1's are 8 deep
+MAX_DIMS = 16
 MAX_LEAVES = 1 << 16
+MAX_ENTRIES = 1 << 18  # leaves and modules
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 _INDEX = re.compile(r"(?<!linear)_(\d+)(?=\.)")  # resnets_0 -> resnets.0; torch too says linear_1
@@ -72,13 +74,17 @@ class _Reader:
     """Just as much of msgpack (github.com/msgpack/msgpack, spec.md) as such a file needs."""
 
     def __init__(self, file: MappedFile):
-        self.file, self.data, self.at = file, file.data, 0
+        self.file, self.data, self.at, self.entries = file, file.data, 0, 0
 
     def module(self, path: tuple[str, ...], leaves: dict[str, FlaxTensor]) -> None:
         """A map of modules and arrays; adds its arrays, by their torch names, to ``leaves``."""
         if len(path) > MAX_DEPTH:
             raise self.error("it has modules too deep in one another")
-        for _ in range(self.number(_MAPS)):
+        count = self.number(_MAPS)
+        self.entries += count
+        if self.entries > MAX_ENTRIES:
+            raise self.error(f"it has {self.entries} modules and arrays")
+        for _ in range(count):
             inner = (*path, self.text())
             if self.peek() not in _EXTENSIONS:
                 self.module(inner, leaves)
@@ -95,14 +101,17 @@ class _Reader:
         end = self.at + size
         if kind != _ARRAY or self.number(_LISTS) != 3:
             raise self.error(f"{_where(path)} is no array")
-        stored = tuple(self.number(_COUNTS) for _ in range(self.number(_LISTS)))
+        if (rank := self.number(_LISTS)) > MAX_DIMS:
+            raise self.error(f"{_where(path)} has {rank} axes")
+        stored = tuple(self.number(_COUNTS) for _ in range(rank))
         name = self.text()
         if name not in _DTYPES:
             raise self.error(f"{_where(path)} is in {short(name)}, which is not read")
         dtype, length = _DTYPES[name], self.number(_BINARIES)
         start = self.at
         self.take(length)
-        if self.at != end or length != math.prod(stored) * dtype.itemsize:
+        vast = math.prod(filter(None, stored)) > MAX_EMPTY
+        if self.at != end or length != math.prod(stored) * dtype.itemsize or vast:
             raise self.error(f"{_where(path)} has a shape that its bytes do not have")
         return FlaxTensor(self.file, dtype, stored, _axes(path, len(stored)), start, self.at)
 
@@ -115,7 +124,9 @@ class _Reader:
         return value if size == 0 else int.from_bytes(self.take(size))
 
     def text(self) -> str:
-        raw = bytes(self.take(self.number(_TEXTS)))
+        if (length := self.number(_TEXTS)) > MAX_NAME:  # every array below has it in its own name
+            raise self.error(f"a name has {length} bytes")
+        raw = bytes(self.take(length))
         try:
             return raw.decode()
         except UnicodeDecodeError:

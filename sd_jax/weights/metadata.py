@@ -13,6 +13,7 @@ from sd_jax.tokenizer import Tokenizer
 from sd_jax.types import WeightsError
 from sd_jax.weights.files import WeightFile, read_json
 from sd_jax.weights.tables import COMPONENTS
+from sd_jax.weights.torch_pickle import quoting
 
 NATIVE = "sd_jax"  # metadata "format" of our own files, and the key of the record of how they were made
 LICENCE = "CreativeML OpenRAIL-M"
@@ -46,13 +47,13 @@ def folder_record(folder: Path) -> dict[str, Any] | None:
 
 
 def checked_record(value: Any) -> dict[str, Any]:
-    """Raises TypeError or ValueError where it is no record, or the probe in it none."""
+    """The record, its texts fit to be shown. Raises TypeError or ValueError where it is none, or its probe none."""
     if not isinstance(value, dict):
         raise TypeError("its record is no object")
     for numbers in value.get("probe", {}).values():
         if not isinstance(numbers, list) or not all(x is None or type(x) is float for x in numbers):
             raise ValueError("its probe holds something else than numbers")
-    return value
+    return {name: quoting(field) if isinstance(field, str) else field for name, field in value.items()}
 
 
 def from_metadata(path: Path, read: Callable[[], Any]) -> Any:
@@ -60,14 +61,16 @@ def from_metadata(path: Path, read: Callable[[], Any]) -> Any:
         return read()
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as e:
         raise WeightsError(
-            f"{path} has a config, tokenizer or record in it that cannot be used ({e}); convert it again"
+            f"{path} has a config, tokenizer or record in it that cannot be used ({quoting(str(e))}); convert it again"
         ) from None
 
 
 def config_from_dict(values: dict[str, Any]) -> SDConfig:
-    """The inverse of ``dataclasses.asdict``, through JSON. Raises KeyError, TypeError and RequestError."""
+    """The inverse of ``dataclasses.asdict``, through JSON. Raises KeyError, TypeError and ValueError."""
 
     def make(kind: type, fields: dict[str, Any]) -> Any:
+        if any(isinstance(v, str) and not v.isprintable() for v in fields.values()):
+            raise ValueError("a text in its config cannot be printed")
         return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})
 
     parts = {"clip": CLIPConfig, "unet": UNetConfig, "vae": VAEConfig, "noise": NoiseConfig}

@@ -24,8 +24,10 @@ from sd_jax.weights.torch_pickle import short
 
 DTYPES = ("float32", "bfloat16", "float16")
 _BLOCK = 128  # elements
+_PART = 1 << 20  # elements that are looked at together where that takes memory
 MANY_EMA = 100  # more keys than this under model_ema. mean that the averaged weights are there
-NEAREST = 40  # missing names for which a near one is looked up; it takes a millisecond each
+NEAREST = 40  # missing names for which a near one is looked up, a second for all of them at worst
+AMONG = 1000  # names; among more, none is
 
 
 class Tensor(Protocol):
@@ -195,7 +197,7 @@ def match(
             problems.append(f"dtype    {name} is {np.dtype(tensor.dtype)}; {', '.join(DTYPES)} are read")
         parameters[path] = Parameter(path, ours, tensor, row.transform)
     for i, name in enumerate(missing):
-        near = difflib.get_close_matches(name, left, 1, 0.8) if i < NEAREST else []
+        near = difflib.get_close_matches(name, left, 1, 0.8) if i < NEAREST and len(left) <= AMONG else []
         problems.append(f"missing  {name}" + (f" (nearest: {short(near[0])})" if near else ""))
     problems += [f"extra    {short(name)} {list(tensor.shape)}" for name, tensor in left.items()]
     return parameters, problems
@@ -233,8 +235,12 @@ def not_finite(array: np.ndarray) -> int:
     """How many values are NaN or infinite, of any dtype."""
     if array.dtype.kind in "biu" or (array.dtype.name in DTYPES and _finite(array)):
         return 0
-    wide = array if array.dtype.kind in "fc" else array.astype(np.float32)  # NumPy knows no bfloat16
-    return int(array.size - np.count_nonzero(np.isfinite(wide)))
+    flat, found = array.reshape(-1), 0
+    for start in range(0, flat.size, _PART):
+        part = flat[start : start + _PART]
+        part = part if part.dtype.kind in "fc" else part.astype(np.float32)  # NumPy knows no bfloat16
+        found += part.size - int(np.count_nonzero(np.isfinite(part)))
+    return found
 
 
 def _finite(array: np.ndarray) -> bool:

@@ -28,9 +28,10 @@ import numpy as np
 
 from sd_jax.types import RequestError, WeightsError
 from sd_jax.weights.mapped import MappedFile, ahead
-from sd_jax.weights.torch_pickle import HOSTILE, short
+from sd_jax.weights.torch_pickle import HOSTILE, MAX_EMPTY, short
 
-MAX_HEADER = 64 << 20  # bytes; v1-4's is 200 kB
+MAX_HEADER = 8 << 20  # bytes; v1-4's is 200 kB, and 2 MB with a tokenizer
+MAX_COMMAS = 250_000  # in JSON, and so values, which take 240 bytes each at worst; v1-4 with a tokenizer has 110,000
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -222,6 +223,8 @@ def _parse(path: str, raw: bytes) -> dict[str, Any]:
             raise WeightsError(f"{path} has the key {short(double)} twice in its header; {HOSTILE}")
         return value
 
+    if raw.count(b",") > MAX_COMMAS:
+        raise WeightsError(f"{path} has more than {MAX_COMMAS} values in its header; {HOSTILE}")
     try:
         header = json.loads(raw, object_pairs_hook=unique)
     except WeightsError:
@@ -240,6 +243,7 @@ def _entry(path: str, name: str, entry: Any) -> tuple[str, np.dtype, tuple[int, 
     if dtype not in _DTYPES:
         raise WeightsError(f"{path} has {short(name)} in {short(dtype)}; float16, bfloat16 and float32 are read")
     plain = all(type(n) is int and 0 <= n < 1 << 62 for n in (*shape, start, stop)) and len(shape) <= 16
+    plain = plain and math.prod(filter(None, shape)) <= MAX_EMPTY
     if not plain or stop - start != math.prod(shape) * _DTYPES[dtype].itemsize:
         raise WeightsError(f"{path} has {short(name)} with a shape that its bytes do not have; {HOSTILE}")
     return name, _DTYPES[dtype], tuple(shape), start, stop

@@ -50,6 +50,7 @@ from sd_jax.weights.other_models import recognise, recognise_config, v1_config
 from sd_jax.weights.parameters import Parameter, choose_ema, complain, match, own_rows, set_aside, to_params
 from sd_jax.weights.parts import Part, open_part
 from sd_jax.weights.tables import COMPONENTS, COMPVIS_IGNORED, NAMES, POSITIONS, PREFIXES, table
+from sd_jax.weights.torch_pickle import quoting
 
 CLIP_REPO = "openai/clip-vit-large-patch14"  # whose tokenizer every v1 model uses
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "*_config.json", "special_tokens_map.json")
@@ -261,7 +262,10 @@ def folder_config(folder: Path, skip: frozenset[str] = frozenset()) -> SDConfig:
     index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
     if (other := recognise_config(index, parsed.get("unet", {}))) is not None:
         raise WeightsError(f"{folder} is {other}")
-    return from_diffusers(**parsed)
+    try:
+        return from_diffusers(**parsed)
+    except RequestError as e:
+        raise WeightsError(f"{folder}: {quoting(str(e))}") from None
 
 
 # ---- single files --------------------------------------------------------------------------------------------------
@@ -333,6 +337,9 @@ def _tokenizer(request: Request, config: SDConfig, own: Callable[[], Tokenizer |
     if not request.needs_tokenizer:
         return None
     tokenizer = own() if request.tokenizer is None else request.tokenizer
-    tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
+    try:
+        tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
+    except RequestError as e:
+        raise RequestError(quoting(str(e))) from None
     tokenizer.check(config.clip.vocab_size)
     return tokenizer

@@ -19,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from sd_jax.config import CLIPConfig, SDConfig, UNetConfig, VAEConfig
-from sd_jax.models.clip import CLIPText
+from sd_jax.models.clip import ACTIVATIONS, CLIPText
 from sd_jax.models.unet import UNet
 from sd_jax.models.vae import VAE
+from sd_jax.types import WeightsError
 
 COMPONENTS = ("clip", "unet", "vae")
 NAMES = {"clip": "text encoder", "unet": "UNet", "vae": "autoencoder"}
@@ -47,6 +48,8 @@ PART_IGNORED = (
     r"(text|visual)_projection\.weight",
     r"logit_scale",
 )
+LARGEST = 1 << 20  # of the numbers in a config; v1's is its vocabulary, 49408
+MOST_BLOCKS = 48  # of a network on its way down; v1's UNet has 8, SDXL's larger text tower 32 layers
 
 Shape = tuple[int, ...]
 
@@ -104,10 +107,12 @@ def table(layout: str, component: str, config: SDConfig) -> tuple[Row, ...]:
 @functools.lru_cache(maxsize=8)
 def parameter_shapes(config: SDConfig) -> dict[str, dict[str, Shape]]:
     """component -> path -> shape of our parameters, from the modules themselves. No computation is done."""
+    for component in COMPONENTS:
+        _check_size(component, getattr(config, component))
     size = config.vae.factor
-    image = jnp.zeros((1, size, size, config.vae.image_channels))
-    latents = jnp.zeros((1, 8, 8, config.unet.in_channels))
-    context = jnp.zeros((1, 1, config.unet.context_width))
+    image = jax.ShapeDtypeStruct((1, size, size, config.vae.image_channels), jnp.float32)
+    latents = jax.ShapeDtypeStruct((1, 8, 8, config.unet.in_channels), jnp.float32)
+    context = jax.ShapeDtypeStruct((1, 1, config.unet.context_width), jnp.float32)
     inputs = {
         "clip": (CLIPText(config.clip), jnp.zeros((1, 1), jnp.int32)),
         "unet": (UNet(config.unet), latents, jnp.zeros(()), context),
@@ -119,6 +124,20 @@ def parameter_shapes(config: SDConfig) -> dict[str, dict[str, Shape]]:
         flat = flax.traverse_util.flatten_dict(params, sep="/")
         shapes[component] = {path: leaf.shape for path, leaf in flat.items()}
     return shapes
+
+
+def _check_size(component: str, config: CLIPConfig | UNetConfig | VAEConfig) -> None:
+    """A config may come from a hostile file, and tracing its networks takes time with their size."""
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    levels, wrong = len(values.get("widths", (0,))), []
+    for name, value in values.items():
+        counts = [n for n in (value if isinstance(value, tuple) else (value,)) if type(n) is int]
+        wrong += [name] if not all(1 <= n <= LARGEST for n in counts) else []
+    wrong += ["layers"] if "layers" not in wrong and config.layers * levels > MOST_BLOCKS else []
+    wrong += ["attention"] if len(values.get("attention", (True,) * levels)) != levels else []
+    wrong += ["activation"] if values.get("activation", "gelu") not in ACTIVATIONS else []
+    if wrong:
+        raise WeightsError(f"{component}: no network is made with such {', '.join(wrong)}; use the weights' own config")
 
 
 def _refine(names: str, path: str, kind: tuple | Transform) -> Iterator[Row]:

@@ -14,7 +14,9 @@ from typing import Any
 
 from sd_jax.types import WeightsError
 
-MAX_INSTRUCTIONS = 1_000_000  # a v1 checkpoint with EMA and optimizer states needs some 100,000
+MAX_INSTRUCTIONS = 400_000  # 60 MB of small objects at most; v1 with EMA and optimizer states needs some 100,000
+MAX_NAME = 1000  # characters; STACK_GLOBAL makes a new text of two old ones, in one byte
+MAX_EMPTY = 1 << 56  # product of the other sizes of a tensor that has a 0 among them; NumPy makes none much beyond
 HOSTILE = "the file is damaged or hostile, get it again from its publisher"
 
 Builder = Callable[[tuple], Any]
@@ -152,6 +154,8 @@ class Machine:
     def named(self, module: Any, name: Any) -> Global:
         if not (isinstance(module, str) and isinstance(name, str)):
             raise self.error("names a global by something that is not text")
+        if len(module) + len(name) > MAX_NAME:
+            raise self.error(f"names a global by {len(module) + len(name)} characters")
         full = f"{module}.{name}"
         if full not in self.builders:
             self.foreign[full] = None
@@ -163,7 +167,7 @@ class Machine:
 
     def inst(self) -> None:
         found = self.named(self.line(), self.line())
-        raise self.error(f"makes an instance of {found.name} by INST, which torch.save never writes")
+        raise self.error(f"makes an instance of {short(found.name)} by INST, which torch.save never writes")
 
     def call(self, drop: int = 0) -> None:
         """REDUCE and NEWOBJ: function and arguments. NEWOBJ_EX has keyword arguments on top, which no builder takes."""
@@ -208,8 +212,14 @@ class Machine:
 
 def short(text: str, limit: int = 120) -> str:
     """Text of a file's author, fit for one line of a message."""
-    text = ascii(text)[1:-1]
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    plain = ascii(text[: limit + 1])[1:-1]
+    return plain if len(plain) <= limit else plain[: limit - 3] + "..."
+
+
+def quoting(message: str, limit: int = 1000) -> str:
+    """A message of others that quotes a file as it is, fit for one line of ours."""
+    plain = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message[: 2 * limit])
+    return plain if len(plain) <= limit else plain[: limit - 3] + "..."
 
 
 def _key(key: Any) -> Any:

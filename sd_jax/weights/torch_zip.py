@@ -24,6 +24,7 @@ from sd_jax.weights.torch_pickle import HOSTILE, Global, short
 
 MAX_PICKLE = 32 << 20  # bytes; v1-4's is under 1 MB
 MAX_DIMS = 16
+MAX_VIEWS = 8  # tensors that all view one storage, on the average: reading them takes their time, not the file's
 
 _SCALARS = {
     "float64": np.float64,
@@ -85,7 +86,9 @@ def open_checkpoint(path: str | os.PathLike, *, verify: bool = True) -> TorchFil
     pickled = archive.read(f"{root}/data.pkl", MAX_PICKLE)
     machine = torch_pickle.Machine(pickled, _builders(path), storages.find, f"the pickle of {path}")
     tensors, ignored = _tensors(path, machine.run())
-    return TorchFile(path, tensors, ignored, list(machine.foreign))
+    if sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values()) > MAX_VIEWS * len(file.data):
+        raise WeightsError(f"{path} has tensors of more than {MAX_VIEWS} times its size; {HOSTILE}")
+    return TorchFile(path, tensors, ignored, list(map(short, machine.foreign)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +157,7 @@ class _Storages:
         """("storage", type, key, location, count) -> the storage, if the zip has just as many bytes."""
         path = self.archive.path
         match pid:
-            case ("storage", Global() as kind, str(key), str(_), int(count)):
+            case ("storage", Global() as kind, str(key), str(_), int(count)) if len(key) <= torch_pickle.MAX_NAME:
                 name = self.prefix + key
             case _:
                 raise WeightsError(f"{path} has a persistent id that is not a storage's; {HOSTILE}")
@@ -228,7 +231,9 @@ def _builders(path: str) -> dict[str, torch_pickle.Builder]:
             case ():
                 return {}
             case (list(pairs),) if all(isinstance(p, tuple | list) and len(p) == 2 for p in pairs):
-                return {key: value for key, value in pairs if isinstance(key, str)}
+                made = {key: value for key, value in pairs if isinstance(key, str)}
+                pairs.clear()  # or one long list, used again and again, would take more memory than the file
+                return made
         raise wrong("a dictionary")
 
     def size(args):
@@ -282,7 +287,7 @@ def _tensor(path: str, storage: Storage, dtype: np.dtype, offset: Any, shape: An
         )
     count, held = math.prod(shape), len(storage.content) // dtype.itemsize
     last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) if count else offset - 1
-    if last >= held or count > held:
+    if last >= held or count > held or math.prod(filter(None, shape)) > torch_pickle.MAX_EMPTY:
         raise WeightsError(
             f"{path} has a tensor of shape {shape}, stride {stride} and offset {offset} in {short(storage.name)} "
             f"of {held} elements; {HOSTILE}"

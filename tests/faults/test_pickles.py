@@ -4,10 +4,12 @@ Rows F23, F24, F25, F27 and F28 of the list of faults. The files are made by han
 instructions.
 """
 
+import io
 import pickle
 import pickletools
 import struct
 import sys
+import tarfile
 import time
 import zipfile
 import zlib
@@ -17,11 +19,19 @@ import pytest
 
 from sd_jax.types import WeightsError
 from sd_jax.weights import torch_pickle
+from sd_jax.weights.files import open_weights
 from sd_jax.weights.torch_zip import open_checkpoint
 
 FLOATS = np.arange(6, dtype=np.float32)
 STORAGE = (("data/0", FLOATS.tobytes()),)
 MARKER = "sd_jax_code_ran"  # what a successful attack creates
+NESTED = f"\x80\x02cos\nsystem\nX\x15\x00\x00\x00touch {MARKER}\x85R.".encode("latin1")
+KNOWN = {
+    code
+    for table in ("PUT", "GET", "TEXT", "BYTES", "UNSIGNED", "TUPLES", "EMPTY", "CONSTANTS", "ACTIONS")
+    for code in getattr(torch_pickle, f"_{table}")
+}
+UNKNOWN = [op for op in pickletools.opcodes if ord(op.code) not in KNOWN]
 
 
 def archive(path, pickled: bytes, members=STORAGE, root="archive", method=zipfile.ZIP_STORED):
@@ -67,6 +77,41 @@ def tensor(storage=None, offset=0, shape=(2, 3), stride=(3, 1)) -> bytes:
 def checkpoint(value: bytes, key: bytes = text("w")) -> bytes:
     """{key: value}"""
     return b"\x80\x02}" + key + value + b"s."
+
+
+def operand(op: pickletools.OpcodeInfo) -> bytes:
+    """A small operand such as ``op`` has."""
+    if op.arg is None:
+        return b""
+    if op.arg.n == pickletools.UP_TO_NEWLINE:
+        return b"'1'\n" if op.arg.name == "stringnl" else b"1\n"
+    sizes = {pickletools.TAKEN_FROM_ARGUMENT1: 1, pickletools.TAKEN_FROM_ARGUMENT8U: 8}
+    if op.arg.n < 0:
+        return (1).to_bytes(sizes.get(op.arg.n, 4), "little") + b"1"
+    return (1).to_bytes(op.arg.n, "little")
+
+
+def comes_to(op: pickletools.OpcodeInfo, pickled: bytes) -> int:
+    """The byte at which Python's own unpickler, with stubs for all that a pickle names, is to execute ``op``."""
+    file = io.BytesIO(pickled)
+
+    class Unpickler(pickle._Unpickler):
+        dispatch = dict(pickle._Unpickler.dispatch)
+
+        def find_class(self, module, attribute):
+            return lambda *args: None
+
+        def persistent_load(self, pid):
+            return None
+
+        def reached(self):
+            raise StopIteration(file.tell() - 1)
+
+        dispatch[ord(op.code)] = reached
+
+    with pytest.raises(StopIteration) as caught:
+        Unpickler(file).load()
+    return caught.value.value
 
 
 def refused(path, expected: str, seconds: float = 1.0) -> str:
@@ -127,6 +172,11 @@ class TestCodeIsNeverRun:
         "ext1": (b"\x82\x01", "0x82"),
         "ext4": (b"\x84\x01\x00\x00\x00", "0x84"),
         "protocol 0": (b"cos\nsystem\n(S'true'\ntR", "os.system"),
+        "nested": (
+            name("pickle", "loads") + tuple_of(b"B" + struct.pack("<I", len(NESTED)) + NESTED) + b"R",
+            "pickle.loads",
+        ),
+        "nested in a file": (name("torch", "load") + tuple_of(text("b.ckpt")) + b"R", "torch.load"),
     }
 
     @pytest.mark.parametrize("attack", attacks)
@@ -139,7 +189,9 @@ class TestCodeIsNeverRun:
         code, named = self.attacks[attack]
         assert named in refused(archive(tmp_path / "a.ckpt", b"\x80\x02" + code + b"."), "a.ckpt")
 
-    @pytest.mark.parametrize("attack", ["system", "eval", "import", "stack_global", "setstate", "newobj", "newobj_ex"])
+    @pytest.mark.parametrize(
+        "attack", ["system", "eval", "import", "stack_global", "setstate", "newobj", "newobj_ex", "nested"]
+    )
     def test_outside_the_tensors_it_is_inert_and_listed(self, tmp_path, attack):
         code, named = self.attacks[attack]
         pickled = (
@@ -164,10 +216,70 @@ class TestCodeIsNeverRun:
             pickled = pickle.dumps({"w": Attack()}, protocol)
             refused(archive(tmp_path / "a.ckpt", pickled), "eval|is of pickle protocol|instruction")
 
+    @pytest.mark.parametrize("outside", [False, True], ids=["among the tensors", "outside"])
+    @pytest.mark.parametrize("op", UNKNOWN, ids=lambda op: op.name)
+    def test_every_instruction_that_torch_does_not_write(self, tmp_path, op, outside):
+        """Each at a place where Python's own unpickler comes to it, with what it takes from the stack."""
+        stack = b"N" + b"".join({"mark": b"(", "stackslice": b""}.get(taken.name, b"N") for taken in op.stack_before)
+        before = text("state_dict") + b"}" + text("w") + tensor() + b"s" + b"s"
+        before = b"\x80\x02}" + (before + text("x") if outside else text("w") + tensor() + b"s" + text("x")) + stack
+        pickled = before + op.code.encode("latin1") + operand(op) + b"s."
+        assert comes_to(op, pickled) == len(before)
+        message = refused(
+            archive(tmp_path / "a.ckpt", pickled), f"instruction 0x{ord(op.code):02x}, which torch.save never"
+        )
+        assert f"byte {len(before) + 1}" in message and "get it again from its publisher" in message
+
+    def test_a_pickle_in_a_pickle_is_no_more_than_bytes(self, tmp_path):
+        pickled = b"\x80\x02}" + text("w") + tensor() + b"s" + text("x") + b"C" + bytes([len(NESTED)]) + NESTED + b"s."
+        file = open_checkpoint(archive(tmp_path / "a.ckpt", pickled))
+        assert file.ignored == ["x"] and not file.foreign
+        refused(
+            archive(tmp_path / "b.ckpt", checkpoint(b"C" + bytes([len(NESTED)]) + NESTED)), "no tensors.*give model"
+        )
+
     def test_a_legacy_file(self, tmp_path):
         path = tmp_path / "a.pt"
         path.write_bytes(b"\x80\x02" + self.attacks["system"][0] + b".")
         refused(path, "bare pickle")
+
+
+class TestOldFormats:
+    """What torch wrote before its zip, and what others still write: recognised, not run, and there is a way out."""
+
+    way_out = (
+        r"before version 1\.6.*convert it once with torch: torch\.save\(torch\.load\(old, weights_only=True\), new\)"
+    )
+
+    def test_several_pickles_in_a_row(self, tmp_path):
+        """torch 0.1.10 to 1.5, and later if it is asked to."""
+        torch = pytest.importorskip("torch")
+        for name in ("a.ckpt", "a.bin", "a.pt", "a.pth"):
+            state = {"state_dict": {"w": torch.zeros(2, 3)}}
+            torch.save(state, tmp_path / name, _use_new_zipfile_serialization=False)
+            refused(tmp_path / name, self.way_out)
+            with pytest.raises(WeightsError, match=self.way_out):
+                open_weights(tmp_path / name)
+
+    @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
+    def test_a_tar(self, tmp_path, form):
+        """The first releases of torch."""
+        with tarfile.open(tmp_path / "a.pt", "w", format=form) as tar:
+            for member in ("sys_info", "pickle", "tensors", "storages"):
+                info = tarfile.TarInfo(member)
+                info.size = len(NESTED)
+                tar.addfile(info, io.BytesIO(NESTED))
+        refused(tmp_path / "a.pt", self.way_out)
+
+    @pytest.mark.parametrize("protocol", range(6))
+    def test_a_bare_pickle(self, tmp_path, protocol):
+        path = tmp_path / "a.ckpt"
+        path.write_bytes(pickle.dumps({"w": [1.0]}, protocol))
+        expected = "bare pickle, which is never run; get the weights as .safetensors"
+        refused(
+            path,
+            expected if protocol >= 2 else "not a torch checkpoint.*give a .ckpt, .bin or .pt that torch.save wrote",
+        )
 
 
 class TestLies:
