@@ -78,8 +78,8 @@ class _Told(Parameter):
 
     tell: Callable[[], None]
 
-    def read(self, dtype: Any = None) -> np.ndarray:
-        array = super().read(dtype)
+    def read(self, dtype: Any = None, *, finite: bool = True) -> np.ndarray:
+        array = super().read(dtype, finite=finite)
         self.tell()
         return array
 

@@ -79,18 +79,20 @@ class Parameter:
     def dtype(self) -> np.dtype:
         return np.dtype(self.tensor.dtype)
 
-    def read(self, dtype: Any = None) -> np.ndarray:
+    def read(self, dtype: Any = None, *, finite: bool = True) -> np.ndarray:
         """The values in our axes, C-ordered, cast to ``dtype`` (kept where None). No part of the file stays in memory.
 
-        Raises WeightsError where a value is not finite, or not any more after the cast.
+        Raises WeightsError where a value is not finite (unless that was looked at before, ``finite`` False), or not any
+        more after the cast.
         """
         array = self.transform.to_ours(self.tensor.read())
-        if not _finite(array):
+        if finite and not _finite(array):
             raise WeightsError(f"{self.path} has NaN or infinite values; the file is damaged, get it again")
         dtype = array.dtype if dtype is None else dtype_of(dtype)
         with np.errstate(over="ignore"):
             cast = ordered(array, dtype)
-        if cast.dtype != array.dtype and not _finite(cast):
+        narrower = cast.dtype != array.dtype and cast.dtype.itemsize <= array.dtype.itemsize
+        if finite and narrower and not _finite(cast):
             raise WeightsError(f"{self.path} has values beyond the range of {dtype}; use float32 or bfloat16")
         if not cast.flags.owndata:
             cast = cast.copy()
@@ -126,13 +128,17 @@ def to_parameters(config: SDConfig, params: Mapping[str, Any]) -> dict[str, Para
 
 
 def to_params(
-    parameters: Mapping[str, Parameter], dtype: Any = None, place: Callable[[str, np.ndarray], Any] | None = None
+    parameters: Mapping[str, Parameter],
+    dtype: Any = None,
+    place: Callable[[str, np.ndarray], Any] | None = None,
+    *,
+    finite: bool = True,
 ) -> Params:
     """Read all -> nested params. ``place(path, array)`` puts each array where it belongs (a device, say), in order;
-    the next few are read meanwhile.
+    the next few are read meanwhile. ``finite``: see ``Parameter.read``.
     """
     put = place or (lambda _, array: array)
-    arrays = ahead(lambda parameter: parameter.read(dtype), parameters.values())
+    arrays = ahead(lambda parameter: parameter.read(dtype, finite=finite), parameters.values())
     return flax.traverse_util.unflatten_dict(
         {path: put(path, array) for path, array in zip(parameters, arrays, strict=True)}, sep="/"
     )

@@ -37,7 +37,7 @@ def probe(config: SDConfig, parameters: Mapping[str, Parameter]) -> Probe:
 
     def params(component: str) -> Params:
         own = {path: parameter for path, parameter in parameters.items() if path.startswith(f"{component}/")}
-        return to_params(own, "float32", lambda _, array: jax.device_put(array))[component]
+        return to_params(own, "float32", lambda _, array: jax.device_put(array), finite=False)[component]
 
     text, unet, vae = _programs(jax.default_backend())
     with jax.default_matmul_precision("highest"):  # each result is waited for, as until then its parameters are kept
