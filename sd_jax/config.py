@@ -340,7 +340,7 @@ def _noise_from(j: dict[str, Any]) -> NoiseConfig:
     _refuse("scheduler", j, _NOISE_FIXED)
     name = j.get("_class_name", "PNDMScheduler")
     if name not in _SCHEDULERS:
-        raise RequestError(f"scheduler: {name} is not known; expected one of {', '.join(sorted(_SCHEDULERS))}")
+        raise RequestError(f"scheduler: {name!r:.200} is not known; expected one of {', '.join(sorted(_SCHEDULERS))}")
     if wrong := _unlike(j, _SCHEDULER_FIXED.get(name, {})):
         raise RequestError(
             f"scheduler: {wrong} is not a form of {name} that sd_jax has; take it out of "
@@ -380,7 +380,7 @@ def _refuse(part: str, j: dict[str, Any], fixed: dict[str, tuple[Any, ...]]) -> 
 
 def _unlike(j: dict[str, Any], fixed: dict[str, tuple[Any, ...]]) -> str:
     """The settings of ``j`` that are none of the values that ``fixed`` allows, in words; "" where all are."""
-    return ", ".join(f"{k} = {j[k]!r}" for k, ok in fixed.items() if j.get(k) is not None and j[k] not in ok)
+    return ", ".join(f"{k} = {j[k]!r:.200}" for k, ok in fixed.items() if j.get(k) is not None and j[k] not in ok)
 
 
 def to_diffusers(config: SDConfig) -> dict[str, dict[str, Any]]:

@@ -1,6 +1,6 @@
 """How long each layout of weights takes to load and to convert, and how much memory: Markdown tables, JSON with --json.
 
-    python -m tools.benchmark_weights                   (at the root of the repository; half an hour, 9 GB of disk)
+    python -m tools.benchmark_weights                   (at the root of the repository; three quarters of an hour, 9 GB)
     python -m tools.benchmark_weights --layouts ckpt flax --to native --folder /mnt/disk --json weights.json
 
 A random model of exactly v1-4's size is written in one layout after the other: "ckpt" (CompVis' with averaged weights

@@ -25,6 +25,7 @@ NON_EMA = "non_ema"  # diffusers' variant of a UNet whose weights are not averag
 MAX_SHARDS = 100
 MAX_JSON = 8 << 20  # bytes; the index of v1-4's shards has 100 kB
 MAX_NESTING = 16  # of the values in a JSON file; a config's are 3 deep
+MAX_VALUE = 1000  # characters of a value that is no object; a record's, of 16 numbers, has 400
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +192,7 @@ def _has_sums(path: Path) -> bool:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object of moderate depth. Raises WeightsError."""
+    """A JSON object of moderate size. Raises WeightsError."""
     try:
         with open(file, "rb") as f:
             raw = f.read(MAX_JSON + 1)
@@ -202,15 +203,18 @@ def read_json(file: Path) -> dict[str, Any]:
         raise WeightsError(f"{file} is larger than any file of its kind; fetch it again")
     if not isinstance(value, dict):
         raise WeightsError(f"{file} holds a {type(value).__name__} where an object is expected; fetch it again")
-    if not _within(MAX_NESTING, value):
-        raise WeightsError(f"{file} has values too deep in one another; fetch it again")
+    if not _short(value):
+        raise WeightsError(f"{file} has a value that is too long, or too deep in others; fetch it again")
     return value
 
 
-def _within(depth: int, value: Any) -> bool:
-    """Whether a JSON value has no more than ``depth`` levels, which is what ``repr`` may be asked for."""
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return depth > 0 and all(_within(depth - 1, v) for v in inner)
+def _short(value: Any, depth: int = MAX_NESTING) -> bool:
+    """Whether every value of a JSON object can be quoted in a message: ``repr`` of a deep one fails, like ``json``."""
+    if isinstance(value, dict):
+        return depth > 0 and all(_short(inner, depth - 1) for inner in value.values())
+    if isinstance(value, list) and not (depth > 0 and all(_short(inner, depth - 1) for inner in value)):
+        return False
+    return len(repr(value)) <= MAX_VALUE
 
 
 def as_path(text: str) -> Path:

@@ -226,7 +226,7 @@ def _parse(path: str, raw: bytes) -> dict[str, Any]:
     if raw.count(b",") > MAX_COMMAS:
         raise WeightsError(f"{path} has more than {MAX_COMMAS} values in its header; {HOSTILE}")
     try:
-        header = json.loads(raw, object_pairs_hook=unique)
+        header = json.loads(raw.decode(), object_pairs_hook=unique)  # of bytes it would take UTF-16 and UTF-32, too
     except WeightsError:
         raise
     except (ValueError, RecursionError):

@@ -215,13 +215,29 @@ def test_globals_are_shown_as_text():
     refused("ckpt", "a.ckpt", zip_of(code + b"Nc" + name + b"s."), way="info", expected=r"not run  \x1b[31m.\u202e")
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-32-le"])
+def test_a_header_is_utf_8(encoding):
+    """As the safetensors library has it; Python's json takes others, and imports what reads them."""
+    raw = json.dumps({"a": json.loads(NOTHING)}).encode(encoding)
+    refused("safetensors", "a.safetensors", len(raw).to_bytes(8, "little") + raw, expected="a header that is not JSON")
+
+
+@pytest.mark.parametrize("way", ["whole", "info", "vae"])
+def test_a_value_too_long_to_be_quoted(way):
+    for value in ("m" * 20_000, [1 << 62] * 3000):
+        name = "vae/config.json"
+        refused(
+            "flax", name, changed("flax", name, block_out_channels=value), way=way, expected="too long, or too deep"
+        )
+
+
 @pytest.mark.parametrize("depth", [20, 900, 940, 960, 980, 1000])
 def test_json_as_deep_as_python_can_read(depth):
     """It was read, and then too deep to be quoted."""
     deep = "[" * depth + "]" * depth
     for name, key in (("unet/config.json", "act_fn"), ("model_index.json", "_class_name")):
         text = changed("flax", name).rstrip("}") + f', "{key}": {deep}}}'
-        refused("flax", name, text, expected="too deep" if depth < 900 else "")
+        refused("flax", name, text, expected="too long, or too deep" if depth < 900 else "")
     refused("native", "a.safetensors", native_of({"unet": {"eps": "DEEP"}}).replace(b'\\"DEEP\\"', deep.encode()))
 
 
