@@ -341,5 +341,5 @@ def test_load_folders_and_files(tmp_path):
 def test_load_refuses(tmp_path):
     with pytest.raises(RequestError, match="dtype 'int8' is not known; use one of float32, bfloat16, float16"):
         sd_jax.load(tmp_path, dtype="int8")
-    with pytest.raises(RequestError, match="there is no model 'nothing'; give tiny, a hub id"):
+    with pytest.raises(RequestError, match="there is no model 'nothing'; give tiny, a folder or a file"):
         sd_jax.load("nothing")
