@@ -58,11 +58,6 @@ class WeightFile:
         if odd is not None:  # such names end in messages and tables
             raise WeightsError(f"{self.paths[0]} has a tensor with the name {short(odd)}; {HOSTILE}")
 
-    @property
-    def has_sums(self) -> bool:
-        """Whether every tensor has its SHA-256 beside it, as in the files that sd_jax writes."""
-        return SUMS in self.metadata
-
 
 def open_weights(path: Path, *, verify: bool = True) -> WeightFile:
     """Open a .safetensors, .ckpt, .bin or .msgpack, or the index of shards; the content decides. Reads no tensor.

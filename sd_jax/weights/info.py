@@ -33,9 +33,11 @@ _LABELS = {**NAMES, _AVERAGED: "averaged UNet", "other": "other"}
 _ALONE = {
     "clip": ("text_model.", "embeddings.", "encoder.layers.", "final_layer_norm."),
     "vae": ("encoder.", "decoder.", "quant_conv.", "post_quant_conv."),
-    "unet": ("down_blocks.", "up_blocks.", "mid_block.", "conv_in.", "conv_out.", "conv_norm_out.", "time_embedding."),
+    "unet": (
+        *("down_blocks.", "up_blocks.", "mid_block.", "conv_in.", "conv_out.", "conv_norm_out.", "time_embedding."),
+        *("input_blocks.", "output_blocks.", "middle_block.", "time_embed.", "out."),
+    ),
 }
-_ALONE["unet"] += ("input_blocks.", "output_blocks.", "middle_block.", "time_embed.", "out.")
 
 
 def inspect(

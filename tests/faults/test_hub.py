@@ -257,6 +257,25 @@ def test_one_file(repository, server, worker):
     worker.run(f"hub.fetch_file({name!r}, 'README.md')").refused(f"{server.url}/{name} is gated: accept its licence")
 
 
+def test_one_network(repository, server, worker, files):
+    """From the folder of a whole model, from the top of its own repository, and as one file; nothing else comes."""
+    name, file = repository[0], os.path.basename(VAE)
+    alone = server.repositories[f"{name}-vae"] = Repository()
+    alone.push({"config.json": files["vae/config.json"], file: files[VAE], "README.md": b"no"})
+    start = "from sd_jax.weights.source import open_source; from tests.micro import micro_file; "
+    for where, wanted in {
+        name: {"vae/config.json", VAE},
+        f"{name}-vae": {"config.json", file},
+        f"hf://{name}-vae/{file}": {file},
+    }.items():
+        server.requests.clear()
+        code = f"s = open_source(micro_file(), parts={{'vae': {where!r}}}); print(*s.report.parts[0])"
+        commit = (alone if "-vae" in where else repository[1]).branches["main"]
+        worker.run(start + code).printed(f"vae {where} at {commit}")
+        assert set(server.files()) <= wanted
+    worker.run(start + "open_source(micro_file(), parts={'vae': 'owner/none'})").refused("owner/none does not exist")
+
+
 def test_on_a_terminal_there_is_one_bar(repository, environment, tmp_path):
     name, _ = repository
     terminal, end = os.openpty()
